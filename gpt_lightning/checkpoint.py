@@ -1,0 +1,146 @@
+"""The file between training and generation: what it holds, how to find and to read it.
+
+A checkpoint is Lightning's own, so that any Trainer resumes from it, with one more entry, `KEY`,
+that makes it self-contained: architecture, tokenizer and corpus as plain types. Nothing here
+imports Lightning: `generate` must start fast, and run where only torch is.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEY = "gpt_lightning"
+FORMAT = 1  # of the entry under KEY
+LOGS = "lightning_logs"
+HOW = "python -m gpt_lightning"
+
+
+def describe(
+    model: dict[str, Any], tokenizer: dict[str, Any], corpus: str, corpus_sha256: str
+) -> dict[str, Any]:
+    """The entry under KEY: `model` settings, `tokenizer` state and the corpus, plain types only."""
+    return {
+        "format": FORMAT,
+        "model": model,
+        "tokenizer": tokenizer,
+        "corpus": {"name": corpus, "sha256": corpus_sha256},
+    }
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint to the CPU, without running any code that it may hold.
+
+    Raises:
+        ValueError: in one line, if there is no file, or it is torn, foreign, or of a later format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--ckpt_path={path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--ckpt_path={path} is no checkpoint of plain tensors (nothing in it was run)"
+        ) from error
+    except Exception as error:  # torch raises half a dozen kinds for a file cut or overwritten
+        raise ValueError(
+            f"--ckpt_path={path} cannot be read: torn, or no checkpoint at all "
+            f"({type(error).__name__})"
+        ) from error
+    entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(entry, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"--ckpt_path={path} was not written by gpt_lightning")
+    if entry.get("format") != FORMAT:
+        raise ValueError(
+            f"--ckpt_path={path} has format {entry.get('format')}, this version reads {FORMAT}: "
+            "use the gpt_lightning that wrote it"
+        )
+    return checkpoint
+
+
+def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
+    """The file meant by `--ckpt_path`.
+
+    Args:
+        which: `last` or `best` of the newest run below `root`, a run's folder (its best), or a
+            file.
+        root: the folder that holds `lightning_logs` (--trainer.default_root_dir).
+
+    Raises:
+        ValueError: in one line, if there is none.
+    """
+    if which not in ("last", "best"):
+        path = Path(which).expanduser()
+        if path.is_dir():
+            folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            for name in ("best", "last"):
+                if (folder / f"{name}.ckpt").is_file():
+                    return folder / f"{name}.ckpt"
+            raise ValueError(f"--ckpt_path={which}: this folder holds no best.ckpt or last.ckpt")
+        if not path.is_file():
+            raise ValueError(f"--ckpt_path={which}: no such file; give last, best or a file")
+        return path
+    folder = newest_run(root)
+    if folder is None:
+        raise ValueError(
+            f"--ckpt_path={which}: no run with a checkpoint in {Path(root) / LOGS}; "
+            f"train one with: {HOW} fit"
+        )
+    path = folder / "checkpoints" / f"{which}.ckpt"
+    if not path.is_file():
+        other = "last" if which == "best" else "best"
+        raise ValueError(f"--ckpt_path={which}: {folder} has only {other}.ckpt so far")
+    return path
+
+
+def newest_run(root: str | Path = ".") -> Path | None:
+    """The folder of the run below `root` whose checkpoint was written last, if any."""
+    files = [
+        (path.stat().st_mtime_ns, path)
+        for pattern in (f"{LOGS}/*/checkpoints/*.ckpt", "checkpoints/*.ckpt")
+        for path in Path(root).glob(pattern)
+        if path.name in ("last.ckpt", "best.ckpt")
+    ]
+    return max(files)[1].parent.parent if files else None
+
+
+def run_folder(path: Path) -> Path | None:
+    """The run that a checkpoint lies in, or None for a file that was copied elsewhere."""
+    folder = path.parent if path.parent.name else path.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def refuse_mismatch(
+    entry: dict[str, Any], ours: dict[str, Any], path: str | Path, corpus: bool = True
+) -> None:
+    """Raise a ValueError if weights described by `entry` cannot go on as the run `ours`.
+
+    Args:
+        entry: the checkpoint's description.
+        ours: the same, of the model and data at hand.
+        path: the checkpoint's, for the message.
+        corpus: whether the text has to be the same too (to train on, not to validate).
+    """
+    for name in sorted(entry["model"].keys() | ours["model"].keys()):
+        theirs, mine = entry["model"].get(name), ours["model"].get(name)
+        # what does not change the weights' shapes or meaning may differ
+        if theirs != mine and name not in ("vocab_size", "dropout", "init_std"):
+            flag = "--data.block_size" if name == "block_size" else f"--model.{name}"
+            raise ValueError(
+                f"{flag}={mine} does not fit --ckpt_path={path}, whose model has {name}={theirs}; "
+                "leave the flag away, or train anew without --ckpt_path"
+            )
+    if corpus and entry["corpus"]["sha256"] != ours["corpus"]["sha256"]:
+        raise ValueError(
+            f"--data.corpus={ours['corpus']['name']} is not the text that --ckpt_path={path} was "
+            f"trained on ({entry['corpus']['name']}), or that text has changed since; "
+            "train anew without --ckpt_path"
+        )
+    if entry["tokenizer"] != ours["tokenizer"]:
+        raise ValueError(
+            f"the vocabulary of this text ({ours['tokenizer']['kind']}, "
+            f"{ours['model']['vocab_size']} tokens) is not that of --ckpt_path={path} "
+            f"({entry['tokenizer']['kind']}, {entry['model']['vocab_size']} tokens)"
+        )

@@ -1,0 +1,255 @@
+"""From a corpus to batches, in four steps:
+
+1. the text is found (`corpora`) and encoded once into a memory-mapped file (`tokens`);
+2. it is split into training and validation spans (`windows.split_spans`);
+3. training windows are numbered without end, and each number has its place (`windows`);
+4. a batch gathers its windows at once: x (B, T), and y (B, T) one token further on.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from gpt_lightning.data import windows
+from gpt_lightning.data.corpora import find_corpus
+from gpt_lightning.data.tokens import prepare_tokens
+
+BATCHES_AT_ONCE = 64  # window starts are worked out for this many batches in one go
+
+
+class WindowDataset(Dataset):
+    """Looked up by (starts, length), it gathers a whole batch: x and y, each (B, T) int64."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+
+    def __getitem__(self, where: tuple[np.ndarray, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        starts, length = where
+        block = self.tokens[starts[:, None] + np.arange(length + 1)]  # (B, T + 1)
+        block = torch.from_numpy(block.astype(np.int64))
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+class TrainBatches(DistributedSampler):
+    """The window starts of one rank's training batches, from the trainer's present step on.
+
+    The base class only tells Lightning that ranks are already told apart. The position is read when
+    iteration begins, in the main process, so a resumed run goes on at its step with any number of
+    workers.
+    """
+
+    def __init__(self, source, batch_size: int, length: int, block_size: int, trainer):
+        self.source, self.batch_size, self.block_size = source, batch_size, block_size
+        self.length, self.trainer = length, trainer
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        batch = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        within = np.arange(self.batch_size) + rank * self.batch_size
+        while True:
+            batches = np.arange(batch, batch + BATCHES_AT_ONCE)
+            numbers = batches[:, None] * self.batch_size * world + within
+            for starts in self.source.starts(numbers.ravel()).reshape(numbers.shape):
+                yield starts, self.block_size
+            batch += BATCHES_AT_ONCE
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: the window's number tells the epoch."""
+
+
+class ExactBatches(DistributedSampler):
+    """Held-out windows, every token once over all ranks; short last windows in batches of one."""
+
+    def __init__(self, spans: list[windows.Span], block_size: int, batch_size: int, trainer):
+        starts, lengths = windows.exact_windows(spans, block_size)
+        full, short = starts[lengths == block_size], lengths < block_size
+        cuts = range(0, len(full), batch_size)
+        self.batches = [(full[i : i + batch_size], block_size) for i in cuts]
+        self.batches += [
+            (np.array([start]), int(length))
+            for start, length in zip(starts[short], lengths[short], strict=True)
+        ]
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        return iter(self.batches[self.trainer.global_rank :: self.trainer.world_size])
+
+    def __len__(self) -> int:
+        return len(self.batches[self.trainer.global_rank :: self.trainer.world_size])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: the order is fixed."""
+
+
+class ResumableLoader(DataLoader):
+    """A loader whose position is the trainer's step, so that its own state is empty.
+
+    Lightning warns of loaders without these two methods when a run resumes within an epoch.
+    """
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class TextDataModule(LightningDataModule):
+    """A text as sliding block windows, split into training and validation.
+
+    The text is read and encoded when this is built (from a cache, after the first time), since the
+    model needs the vocabulary's size.
+
+    Args:
+        corpus: `playwright` (the embedded corpus; `playwright:SEED:CHARS` writes another),
+            `tinyshakespeare`, a text file, a folder of text files, or a URL.
+        tokenizer: `char` (the lecture's: sorted distinct characters) or `byte` (UTF-8).
+        block_size: T, the longest context in tokens.
+        batch_size: B, windows a batch in each process.
+        sampling: `sliding` (every window once an epoch, shuffled, at a fresh phase) or `random`
+            (the lecture's get_batch, with replacement).
+        stride: distance of neighbouring sliding windows; block_size unless given.
+        split: `tail` holds out the end (the lecture's last 10%), `blocks` pieces throughout.
+        val_fraction: how much of the text is held out.
+        unknown: characters that a given vocabulary lacks: `error`, `drop` or `replace`.
+        vocabulary: the characters of the vocabulary, where they are not to be the text's own.
+        num_workers: loader processes; batches are the same with any number.
+        seed: chooses the order of the windows.
+
+    Attributes:
+        tokenizer, vocab_size: of this text.
+        tokens: (N,) the whole text, memory-mapped, in the smallest unsigned type that fits.
+        train_spans, val_spans: lists of (start, stop) in tokens.
+
+    Raises:
+        ValueError: in one line, for whatever is wrong with the text or the settings.
+    """
+
+    def __init__(
+        self,
+        corpus: str = "playwright",
+        tokenizer: Literal["char", "byte"] = "char",
+        block_size: int = 64,
+        batch_size: int = 12,
+        sampling: Literal["sliding", "random"] = "sliding",
+        stride: int | None = None,
+        split: Literal["tail", "blocks"] = "tail",
+        val_fraction: float = 0.1,
+        unknown: Literal["error", "drop", "replace"] = "error",
+        vocabulary: str | None = None,
+        num_workers: int = 0,
+        seed: int = 1337,
+    ):
+        super().__init__()
+        for flag, value, least in (
+            ("block_size", block_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"--data.{flag}={value} must be at least {least}")
+        self.save_hyperparameters(logger=False)
+        self.corpus = find_corpus(corpus)
+        token_file = prepare_tokens(self.corpus, tokenizer, unknown, vocabulary)
+        self.corpus_sha256 = token_file.corpus_sha256
+        self.tokenizer = token_file.tokenizer
+        self.vocab_size = self.tokenizer.vocab_size
+        self.tokens = token_file.open()
+        self.train_spans, self.val_spans = windows.split_spans(
+            len(self.tokens), split, val_fraction, block_size
+        )
+        if sampling == "sliding":
+            self.windows = windows.SlidingWindows(
+                self.train_spans, block_size, stride or block_size, seed
+            )
+        elif sampling == "random":
+            self.windows = windows.RandomWindows(self.train_spans, block_size, seed)
+        else:
+            raise ValueError(f"--data.sampling={sampling} is unknown; choose sliding or random")
+        self._check_batch_size(1)
+
+    def _check_batch_size(self, world_size: int) -> None:
+        batch_size = self.hparams.batch_size
+        if batch_size * world_size > len(self.windows):
+            processes = f" in each of {world_size} processes" if world_size > 1 else ""
+            raise ValueError(
+                f"--data.batch_size={batch_size}{processes} is more than the {len(self.windows):,} "
+                "training windows of this text; choose a smaller batch_size or block_size"
+            )
+
+    @property
+    def val_floor(self) -> float | None:
+        """Nats per character that no model can beat on the validation text, where it is known.
+
+        A token of the embedded corpus is a character, whichever the tokenizer: it is ASCII.
+        """
+        if self.hparams.unknown != "error":
+            return None
+        spans = [(start + 1, stop) for start, stop in self.val_spans]
+        costs = [self.corpus.floor(start, stop) for start, stop in spans]
+        if None in costs:
+            return None
+        sizes = [stop - start for start, stop in spans]
+        return float(np.average(costs, weights=sizes))
+
+    @property
+    def val_characters(self) -> int:
+        """Characters that the validation loss predicts (not tokens: a byte is less than one)."""
+        return sum(
+            self.tokenizer.count_characters(self.tokens[start + 1 : stop])
+            for start, stop in self.val_spans
+        )
+
+    @property
+    def val_tokens(self) -> int:
+        """Tokens that the validation loss predicts: all but the first of each span."""
+        return sum(stop - start - 1 for start, stop in self.val_spans)
+
+    def batches_per_epoch(self, world_size: int = 1, accumulate: int = 1) -> int:
+        """Batches in which each process sees its share of an epoch, whole optimizer steps only."""
+        steps = len(self.windows) // (self.hparams.batch_size * world_size * accumulate)
+        return max(1, steps) * accumulate
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        self._check_batch_size(trainer.world_size)
+        length = self.batches_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
+        sampler = TrainBatches(
+            self.windows, self.hparams.batch_size, length, self.hparams.block_size, trainer
+        )
+        return self._loader(sampler, self.hparams.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        # Without gradients a batch needs a fraction of the memory, and larger ones are faster.
+        batch_size = max(self.hparams.batch_size, 8192 // self.hparams.block_size)
+        sampler = ExactBatches(self.val_spans, self.hparams.block_size, batch_size, self.trainer)
+        return self._loader(sampler, num_workers=0)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def estimator_batches(self, spans: list[windows.Span], n: int, rank: int, world: int):
+        """`n` random batches of the lecture's `estimate_loss`, shared out over the ranks."""
+        batch_size, block_size = self.hparams.batch_size, self.hparams.block_size
+        source = windows.RandomWindows(spans, block_size, self.hparams.seed)
+        dataset = WindowDataset(self.tokens)
+        for i in range(rank, n, world):
+            # counted from the far end, so that they are not the batches that training begins with
+            numbers = np.arange(i * batch_size, (i + 1) * batch_size) + (1 << 48)
+            yield dataset[source.starts(numbers), block_size]
+
+    def _loader(self, sampler: DistributedSampler, num_workers: int) -> DataLoader:
+        return ResumableLoader(
+            WindowDataset(self.tokens),
+            sampler=sampler,
+            batch_size=None,  # the dataset gathers whole batches
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,484 @@
+"""The playwright: an endless author of small plays, whose exact entropy is known.
+
+A seeded probabilistic grammar writes acts, scenes, speeches and songs in an Elizabethan manner.
+Every choice it makes has a known probability, and every line has exactly one derivation, so the
+cost of a line, -log P(line | all lines before it), is exact. The sum of the costs is the *floor*:
+the best loss, in nats, that any language model can reach on the text. What there is to learn lies
+at every range: spelling, agreement (thou hast, he hath), rhyme, and the cast of the scene.
+
+The tables below are the whole language. ``Stage`` holds what the text so far implies for the next
+line; the writer and the recogniser share these two, and nothing else: the writer draws one
+derivation, the recogniser reads only the text and sums over all derivations.
+"""
+
+import math
+import random
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cache
+from itertools import accumulate, combinations
+
+import numpy as np
+
+GRAMMAR_VERSION = 1  # changes whenever the same seed would write another text
+DEFAULT_SEED = 1337
+DEFAULT_CHARS = 1_000_000
+
+FLATNESS = 8  # the first of a list's alternatives weighs as 1/8, the next as 1/9, ...
+
+# --- The language ---------------------------------------------------------------------------------
+
+LADIES = ("AGNES", "BESS", "ISOLDE", "LINNET", "MAUD")
+LORDS = ("HUGO", "OWEN", "PIERS", "ROBIN", "TOBIAS")
+NAMES = tuple(sorted(LADIES + LORDS))
+ROMAN = ("I", "II", "III", "IV", "V")
+ACTS, SCENES, COMPANY = len(ROMAN), 4, 4  # acts in a play; most scenes in an act; most on stage
+
+# An alternative with "$" stands for six, one per person: "$I $have" is "I have", "thou hast", ...
+# The last column numbers the form of a verb, so "@take$n" agrees with "$I".
+PERSONS = """
+    I    have am  do   will shall my    me   n
+    I    have am  do   will shall my    me   1
+    thou hast art dost wilt shalt thy   thee 2
+    he   hath is  doth will shall his   him  3
+    she  hath is  doth will shall her   her  3
+    we   have are do   will shall our   us   1
+    they have are do   will shall their them 1
+"""
+PERSON_WEIGHTS = (5, 5, 3, 3, 2, 2)
+
+# base/participle; "take1" (I, and the infinitive), "take2" (thou), "take3" (he) and "taken".
+TAKE = """
+    keep/kept find/found lose/lost seek/sought love/loved steal/stolen hide/hidden guard/guarded
+    mend/mended know/known break/broken bring/brought hear/heard trust/trusted hold/held leave/left
+    praise/praised kiss/kissed follow/followed send/sent
+"""
+GO = """
+    sing/sung weep/wept sleep/slept wait/waited dance/danced laugh/laughed dream/dreamed
+    wander/wandered smile/smiled sigh/sighed rest/rested kneel/knelt
+"""
+
+# Words for the ends of rhyming lines, one sound a row: nouns, then verbs. No word is in two rows.
+RHYMES = """
+    day way play | stay say pray
+    night light knight | fight write
+    heart part art | start depart
+    tear year ear | hear fear
+    snow crow show | go grow
+    sea tree bee | flee agree
+    rain chain lane | remain explain
+    king ring spring | sing cling
+    hall wall ball | call fall
+    wine vine shrine | shine dine
+"""
+
+# "name = words" or "name: alternatives divided by |"; the earlier of them are the likelier.
+GRAMMAR = """
+thing = heart ring rose crown sword lute cup letter key candle bell ship song cloak drum book glove
+    lamp hat horse secret pearl fiddle kettle
+fair = sweet golden gentle silver little broken foolish humble tender crimson wicked dusty noble
+    velvet precious
+glad = merry sad true weary bold wise pale kind cold proud old blind young mad
+sky = moon sun wind sea rain river lark star owl swallow thunder
+virtue = love time fortune youth sorrow hope beauty
+oft = never often truly always once long
+near = in by near beyond
+spot = garden gate tower wood hill bridge castle meadow mill river
+where: @near the @spot | till morning | all night
+kin = mother father brother sister
+lord = king queen miller bishop sailor
+the = the my thy our his her
+my = my thy our his her
+np: @the @thing | @the @fair @thing | @my @kin's @thing | the @lord's @thing | a @fair @thing
+
+clause: $I $have @taken @np | $I $will @take1 @np | $I @take$n @np | $I $have @oft @taken @np
+    | $I $am as @glad as the @sky | $I $shall @go1 @where | @np is @glad | the @sky @go3 @where
+    | $I $am too @glad to @go1 @where | $I $have @oft @gone @where | @virtue is a @thing @where
+    | $I $do not @take1 @np | @virtue shall @take1 @np | $I $have neither @thing nor @thing
+    | the @sky is @glad and so $am $I | a @fair @thing is but a @thing | I @take1 @them
+    | $I $will @take1 @np with all $my heart | the @lord hath @taken @np | $I @go$n like the @sky
+them = thee him her them
+query: why $am $I so @glad | $have $I @taken @np | who hath @taken @np | where $do $I @go1
+    | why $do $I @take1 @np | what @thing $have $I @taken | $will $I @take1 @np
+    | is @the @thing as @fair as @the @thing | how $shall $I @go1 @where | where is @np
+    | $am $I more @glad than the @sky
+oath: my honour | the moon | my heart | the stars above | my father's sword
+oh: O | alas | in faith | nay | come | marry | hark | why
+bid: pray | I beg thee | go and | do thou | come and
+aside: they say that | I think that | I fear that | I swear by @oath that
+
+say: @clause. | @voc, @clause. | @oh, @clause! | @aside @clause. | @clause, @voc.
+    | @gossip hath @taken @np. | @bid @take1 @np, @voc. | let us @take1 @np @where.
+    | @gossip is @glad, and I am @glad. | @np! @np! @oh, I am @glad. | @bid @go1 @where.
+    | what a @fair @thing is @virtue! | O @fair @thing! O @glad and @fair @thing!
+ask: @query? | @query, @voc? | tell me, @voc, @query? | @oh, @query?
+if: when | if | since | though | while | because | until
+when: @if @clause,
+then: @clause. | then @bid @take1 @np. | @oh, @clause! | @clause, @voc.
+sir = good noble gentle brave
+dame = sweet fair dear gracious
+hail: good morrow | well met | welcome | peace be with thee | a fair good evening | joy to thee
+wish: I am glad of thee | the day is young | the hour is late | how @glad thou art
+    | I have a tale for thee | thou art welcome here | I bring thee a @thing
+greet: @hail, @voc. | @hail, @voc; @wish.
+ayno: ay | nay | alas, no | by @oath | ay, truly | who can say | I know not
+reply: @ayno, @clause. | @ayno, @voc: @clause. | @ayno, for @clause.
+
+verse: $I $have @taken the @fair @noun | the @sky @go3 upon the @noun
+    | the @sky shall teach $me how to @verb | $I $shall never @take1 the @noun
+    | so let the @fair @sky @verb | $I $am too @glad to @verb | and @virtue @go3 for the @noun
+    | for all the @fair world must @verb | $I $do not know the time to @verb
+    | there is no @thing so @fair as the @noun | the @lord hath @taken all but the @noun
+open: @verse,
+close: @verse. | @verse!
+lilt: sing hey, sing ho, the @fair @noun | the @sky @go3 by the @noun
+    | O come, my love, and let us @verb | with a hey and a ho and a @fair @noun
+    | the @sky hath bid the maiden @verb | and who will @go1 when I must @verb
+    | down, down, derry down, we @verb | O @fair @sky, O @fair @noun
+tune: @lilt,
+refrain: @lilt. | @lilt!
+
+title: THE @genre OF THE @royal @prop
+genre = COMEDY TRAGEDY HISTORY ROMANCE
+royal = GOLDEN STOLEN SILVER WANDERING BROKEN MERRY
+prop = CROWN RING LETTER KING ROSE LUTE
+place: A garden | A hall in the castle | A wood near the river | A street in the city | An orchard
+    | A tower by the sea | A tavern | The market | A ship at sea | Before the gate
+hour: at dawn | by moonlight | at noon | in the rain | at evening | in winter
+cast: @two | @three | @four
+manner: weeping | laughing | in haste | with a @thing | in silence | in disguise
+enter: Enter @newcomer. | Enter @newcomer, @manner.
+exit: Exit @leaver. | Exit @leaver, @manner.
+sound: Thunder is heard. | A bell tolls within. | Soft music is heard. | A trumpet sounds.
+    | Snow begins to fall. | An owl cries. | They dance.
+exeunt: Exeunt. | Exeunt, laughing. | Exeunt, with music. | Exeunt, weeping.
+"""
+
+# Which kind of line may come after which, and how often; "say_" is the gap after a say-line. A
+# speaker's first line is a reply after a question, a greeting after an entrance (see Stage.hear).
+FLOW = """
+start = title
+title act cast exit enter sound exeunt = gap
+title_ = act
+act_ = scene
+scene = cast
+cast_ enter_ ask_ = speaker
+speaks = say 8 when 5 ask 4 open 5
+greets = greet
+answers = reply
+greet = say 6 when 4 ask 4 open 2
+say then close reply = gap 9 say 6 when 4 ask 3 open 3
+when = then
+open = close
+ask = gap
+singer = tune
+tune = refrain
+refrain = tune gap
+say_ then_ close_ reply_ = speaker 78 exit 5 enter 6 singer 4 sound 2 exeunt 5
+exit_ sound_ refrain_ = speaker 9 exeunt 1
+exeunt_ = scene 2 act 1
+"""
+
+# --- The engine -----------------------------------------------------------------------------------
+
+
+class Rule:
+    """The weighted alternatives of one symbol; each is literal, symbol, literal, ..., literal."""
+
+    def __init__(self, alternatives: list[tuple[int, str]]):
+        # Weights are integers: their sums, and so the text, are the same on every platform.
+        self.sums = list(accumulate(weight for weight, _ in alternatives))
+        self.texts = [text for _, text in alternatives]
+        self.parts = [re.split(r"@(\w+)", text) for text in self.texts]
+        self.probs = [weight / self.sums[-1] for weight, _ in alternatives]
+        self.nats = [math.log(self.sums[-1] / weight) for weight, _ in alternatives]
+
+
+def _ranked(texts: list[str]) -> Rule:
+    """Alternatives whose weights fall with their rank, as the words of a language do."""
+    columns, *persons = [line.split() for line in PERSONS.strip().splitlines()]
+    alternatives = []
+    for rank, text in enumerate(texts):
+        weight = 10_000 // (rank + FLATNESS)
+        if "$" not in text:
+            alternatives.append((weight * sum(PERSON_WEIGHTS), text))
+            continue
+        for share, forms in zip(PERSON_WEIGHTS, persons, strict=True):
+            table = dict(zip(columns, forms, strict=True))
+            form = re.sub(r"\$([a-zI]+)", lambda match, table=table: table[match[1]], text)
+            alternatives.append((weight * share, form))
+    return Rule(alternatives)
+
+
+def _build_rules() -> dict[str, Rule]:
+    rules = {}
+    for block in re.split(r"\n+(?=\w)", GRAMMAR.strip()):
+        name, sign, body = re.match(r"(\w+)( =|:)(.*)", block, re.S).groups()
+        texts = body.split() if sign == " =" else body.split("|")
+        rules[name] = _ranked([" ".join(text.split()) for text in texts])
+    for name, past, verbs in (("take", "taken", TAKE), ("go", "gone", GO)):
+        bases, participles = zip(*(verb.split("/") for verb in verbs.split()), strict=True)
+        stems = [base.removesuffix("e") for base in bases]
+        forms = {f"{name}1": bases, past: participles}
+        forms |= {f"{name}2": [f"{stem}est" for stem in stems]}
+        forms |= {f"{name}3": [f"{stem}eth" for stem in stems]}
+        rules |= {symbol: _ranked(list(words)) for symbol, words in forms.items()}
+    for symbol, size in (("two", 2), ("three", 3), ("four", 4)):
+        casts = [(", ".join(cast[:-1]), cast[-1]) for cast in combinations(NAMES, size)]
+        rules[symbol] = Rule([(1, f"Enter {most} and {last}.") for most, last in casts])
+    rules["gap"] = Rule([(1, "")])
+    return rules
+
+
+def _build_flow() -> dict[str, dict[str, int]]:
+    flow = {}
+    for line in FLOW.strip().splitlines():
+        states, _, kinds = line.partition(" = ")
+        weights = {
+            kind: int(weight or 1) for kind, weight in re.findall(r"(\w+)(?: (\d+))?", kinds)
+        }
+        flow |= dict.fromkeys(states.split(), weights)
+    return flow
+
+
+RULES, STATES = _build_rules(), _build_flow()
+ROWS = [[half.split() for half in row.split("|")] for row in RHYMES.strip().splitlines()]
+
+
+# The rules that hang on the stage. Few distinct ones ever occur, so each is made once and kept.
+
+
+@cache
+def _name_rule(names: tuple[str, ...], likely: str, lord: str, lady: str) -> Rule:
+    """One of the names, in the given form; ``likely`` weighs four times as much as another."""
+    return Rule(
+        [
+            (
+                4 if name == likely else 1,
+                (lady if name in LADIES else lord).format(name, name.title()),
+            )
+            for name in names
+        ]
+    )
+
+
+@cache
+def _rhyme_rule(half: int, rhyme: str) -> Rule:
+    """Nouns (half 0) or verbs (half 1) that rhyme with a word but are not it; "" leaves all."""
+    rows = [row for row in ROWS if not rhyme or rhyme in row[0] + row[1]]
+    return _ranked([word for row in rows for word in row[half] if word != rhyme])
+
+
+@cache
+def _heading_rule(text: str) -> Rule:
+    return Rule([(1, text)])
+
+
+class Stage:
+    """What the text so far says about the next line. It learns from the lines alone."""
+
+    def __init__(self):
+        self.state = "start"
+        self.act = self.scene = 0
+        self.cast: tuple[str, ...] = ()
+        self.speaker = self.before = ""  # who spoke last; who spoke before, or has just come in
+        self.rhyme = ""  # the word that the next line must rhyme with
+
+    def moves(self) -> dict[str, int]:
+        """The kinds of line that may come next, with their weights."""
+        moves = STATES[self.state]
+        if self.state == "exeunt_":
+            fall = "title" if self.act == ACTS else "act"
+            if self.scene == 1:
+                return {"scene": 1}
+            return (
+                {fall: 1} if self.scene == SCENES else {"scene": moves["scene"], fall: moves["act"]}
+            )
+        if "exit" in moves:
+            barred = {2: "exit", COMPANY: "enter"}.get(len(self.cast))
+            return {kind: weight for kind, weight in moves.items() if kind != barred}
+        return moves
+
+    def rule(self, symbol: str) -> Rule:
+        """The alternatives of a symbol, here and now."""
+        others = tuple(name for name in self.cast if name != self.speaker)
+        match symbol:
+            case "speaker":
+                return _name_rule(others, self.before, "{0}:", "{0}:")
+            case "singer":
+                return _name_rule(others, self.before, "{0}, singing:", "{0}, singing:")
+            case "voc":
+                return _name_rule(others, self.before, "@sir {1}", "@dame {1}")
+            case "gossip":  # of one of three or more on stage; else of those who never come
+                absent = ("the queen", "the king")
+                return _name_rule(others if len(others) > 1 else absent, "", "{1}", "{1}")
+            case "leaver":
+                return _name_rule(self.cast, self.speaker, "{0}", "{0}")
+            case "newcomer":
+                away = tuple(name for name in NAMES if name not in self.cast)
+                return _name_rule(away, "", "{0}", "{0}")
+            case "noun" | "verb":
+                return _rhyme_rule(("noun", "verb").index(symbol), self.rhyme)
+            case "act":
+                return _heading_rule(f"ACT {ROMAN[self.act]}")
+            case "scene":
+                return _heading_rule(f"SCENE {ROMAN[self.scene]}. @place, @hour.")
+        return RULES[symbol]
+
+    def hear(self, kind: str, line: str) -> None:
+        """Take in a line of the given kind."""
+        names = tuple(re.findall("[A-Z]{2,}", line))
+        match kind:
+            case "title":
+                self.act = 0
+            case "act":
+                self.act, self.scene = self.act + 1, 0
+            case "scene":
+                self.scene += 1
+            case "cast":
+                self.cast, self.speaker, self.before = names, "", ""
+            case "enter":
+                self.cast, self.before = tuple(sorted(self.cast + names)), names[0]
+            case "exit":
+                self.cast = tuple(name for name in self.cast if name not in names)
+            case "speaker" | "singer":
+                self.speaker, self.before = names[0], self.speaker
+            case "open" | "tune":
+                self.rhyme = re.findall("[a-z]+", line)[-1]
+            case "close" | "refrain":
+                self.rhyme = ""
+        if kind == "gap":
+            self.state += "_"
+        elif kind == "speaker":
+            cues = {"ask_": "answers", "cast_": "greets", "enter_": "greets"}
+            self.state = cues.get(self.state, "speaks")
+        else:
+            self.state = kind
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def _write(stage: Stage, symbol: str, rng: random.Random) -> tuple[str, float]:
+    """One derivation of a symbol: its text, and its cost in nats."""
+    rule = stage.rule(symbol)
+    choice = bisect_right(rule.sums, rng.random() * rule.sums[-1])
+    pieces, cost = list(rule.parts[choice]), rule.nats[choice]
+    for i in range(1, len(pieces), 2):
+        pieces[i], nats = _write(stage, pieces[i], rng)
+        cost += nats
+    return "".join(pieces), cost
+
+
+def write_lines(seed: int = DEFAULT_SEED) -> Iterator[tuple[str, float]]:
+    """Endless: each line with its newline, and its cost in nats, -log P(line | lines before)."""
+    rng, stage = random.Random(seed), Stage()
+    while True:
+        moves = stage.moves()
+        sums = list(accumulate(moves.values()))
+        choice = bisect_right(sums, rng.random() * sums[-1])
+        kind, weight = list(moves.items())[choice]
+        line, cost = _write(stage, kind, rng)
+        line = line[:1].upper() + line[1:]
+        stage.hear(kind, line)
+        yield line + "\n", cost + math.log(sums[-1] / weight)
+
+
+def write_play(
+    seed: int = DEFAULT_SEED, chars: int = DEFAULT_CHARS
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """The text of a seed: whole lines, up to the first that reaches ``chars`` characters.
+
+    Returns the text, the character offset after each line, int64 (L,), and the cost of each line
+    in nats, float64 (L,).
+    """
+    lines, ends, nats, end = [], [], [], 0
+    source = write_lines(seed)
+    while end < chars:
+        line, cost = next(source)
+        end += len(line)
+        lines.append(line)
+        ends.append(end)
+        nats.append(cost)
+    return "".join(lines), np.array(ends, np.int64), np.array(nats, np.float64)
+
+
+# --- Recognising ----------------------------------------------------------------------------------
+
+Spans = dict[int, tuple[float, int]]  # end offset -> total probability, number of derivations
+
+
+def _spans(stage: Stage, symbol: str, line: str, start: int, seen: dict) -> Spans:
+    """Where a symbol that starts at ``start`` can end, summed over all its derivations."""
+    if (symbol, start) in seen:
+        return seen[symbol, start]
+    rule, found = stage.rule(symbol), {}
+    for prob, parts in zip(rule.probs, rule.parts, strict=True):
+        if not line.startswith(parts[0], start):
+            continue
+        ends = {start + len(parts[0]): (prob, 1)}
+        for inner, literal in zip(parts[1::2], parts[2::2], strict=True):
+            after: Spans = {}
+            for middle, left in ends.items():
+                for end, right in _spans(stage, inner, line, middle, seen).items():
+                    if line.startswith(literal, end):
+                        _add(after, end + len(literal), left[0] * right[0], left[1] * right[1])
+            ends = after
+        for end, (mass, ways) in ends.items():
+            _add(found, end, mass, ways)
+    seen[symbol, start] = found
+    return found
+
+
+def _add(spans: Spans, end: int, mass: float, ways: int) -> None:
+    old_mass, old_ways = spans.get(end, (0.0, 0))
+    spans[end] = old_mass + mass, old_ways + ways
+
+
+def _readings(stage: Stage, line: str) -> list[tuple[str, float, int]]:
+    """All (kind, probability, number of derivations) that a line can have at this point."""
+    moves, readings = stage.moves(), []
+    if line[:1].islower():
+        return []
+    sources = sorted({line, line[:1].lower() + line[1:]})  # the first letter may hide a small one
+    for kind, weight in moves.items():
+        for source in sources:
+            mass, ways = _spans(stage, kind, source, 0, {}).get(len(source), (0.0, 0))
+            if ways:
+                readings.append((kind, mass * weight / sum(moves.values()), ways))
+    return readings
+
+
+def recognise(text: str) -> np.ndarray:
+    """The cost in nats of each line of a text, float64 (L,), from the text alone.
+
+    Raises ValueError, naming the line, if the text is not whole lines of this grammar.
+    """
+    *lines, rest = text.split("\n")
+    stage, nats = Stage(), []
+    for number, line in enumerate(lines, 1):
+        readings = _readings(stage, line)
+        if not readings:
+            raise ValueError(f"line {number} is not a line of the grammar here: {line!r}")
+        if len(readings) > 1 or readings[0][2] > 1:
+            raise ValueError(f"line {number} has more than one derivation: {line!r}")
+        kind, mass, _ = readings[0]
+        nats.append(-math.log(mass))
+        stage.hear(kind, line)
+    if rest:
+        raise ValueError(f"line {len(lines) + 1} does not end with a newline: {rest!r}")
+    return np.array(nats, np.float64)
+
+
+def floor(line_ends: np.ndarray, nats: np.ndarray, start: int, stop: int) -> float:
+    """Nats per character that the best model pays on characters [start, stop), given all before.
+
+    ``line_ends`` and ``nats`` are those of ``write_play``; a line cut by a boundary is counted in
+    proportion. Raises ValueError if the range is empty or reaches outside the text.
+    """
+    if not 0 <= start < stop <= (line_ends[-1] if len(line_ends) else 0):
+        raise ValueError(f"no characters [{start}, {stop}) in the text")
+    offsets, costs = np.append(0, line_ends), np.append(0.0, np.cumsum(nats))
+    before, after = np.interp([start, stop], offsets, costs)
+    return float((after - before) / (stop - start))

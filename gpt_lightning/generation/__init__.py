@@ -1,0 +1,1 @@
+"""Generated text out: logits -> next token (sampling) -> ids (engine) -> text (writer)."""

@@ -1,0 +1,295 @@
+"""The Trainer's commands: fit, validate, test, predict.
+
+LightningCLI, with what a person expects of it besides: a checkpoint brings its settings as
+defaults, which flags override; a resumed run stays in its folder; mistakes end in one line.
+"""
+
+import logging
+import math
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from gpt_lightning.checkpoint import (
+    HOW,
+    KEY,
+    LOGS,
+    find_checkpoint,
+    read_checkpoint,
+    refuse_mismatch,
+    run_folder,
+)
+from gpt_lightning.cli import COMMANDS, nearest
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.training.callbacks import GenerateText, RunBar
+from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast, Interrupted
+from gpt_lightning.training.lightning_module import GPTModule
+
+DEFAULTS = {
+    "max_steps": 2000,
+    "max_epochs": -1,
+    "val_check_interval": 250,  # batches, counted through the whole run:
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 10,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+# what a checkpoint brings back as defaults; the rest is each command's own affair
+STORED = ("seed_everything", "data", "model", "trainer", "checkpoint", "sample")
+
+
+def run_trainer(argv: list[str]) -> int:
+    """Run one of the Trainer's commands and return its exit code."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    try:
+        GPTCLI(argv)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except Interrupted as stop:
+        print(f"{stop}\nGo on with: {HOW} fit --ckpt_path={stop.path}", flush=True)
+        return 128 + stop.signum
+    return 0
+
+
+class GPTCLI(LightningCLI):
+    """The commands, their flags, and what is done before and after each."""
+
+    def __init__(self, argv: list[str]):
+        self.argv = argv
+        self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
+        commands = {name: text for name, text in COMMANDS.items() if name != "generate"}
+        super().__init__(
+            GPTModule,
+            TextDataModule,
+            save_config_callback=None,  # see _keep_config
+            trainer_defaults={**DEFAULTS, "callbacks": [RunBar()]},
+            seed_everything_default=1337,
+            parser_kwargs={
+                "prog": HOW,
+                "exit_on_error": False,
+                **{
+                    name: {"exit_on_error": False, "description": text}
+                    for name, text in commands.items()
+                },
+            },
+            auto_configure_optimizers=False,
+        )
+
+    # flags
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(GenerateText, "sample")
+        # written once, by the data; see also the checkpoint, which needs no data to be read
+        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+        parser.link_arguments("data.block_size", "model.block_size")
+        for target in ("data.seed", "model.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the flags, over those that the checkpoint was trained with, if one is given."""
+        self.config = self._parse(parser, self.argv)
+        command, given = self.argv[0], self.config[self.argv[0]]
+        which = given.ckpt_path or (None if command == "fit" else "best")
+        if which is None:
+            return
+        path = find_checkpoint(which, given.trainer.default_root_dir or ".")
+        self.checkpoint = read_checkpoint(path)
+        stored = yaml.safe_load(self.checkpoint[KEY].get("config") or "{}")
+        stored = {key: value for key, value in stored.items() if key in STORED}
+        if command != "fit":  # another text may be given, in the same vocabulary
+            state = self.checkpoint[KEY]["tokenizer"]
+            stored.setdefault("data", {})["vocabulary"] = state.get("vocabulary")
+        argv = [command, "--config", yaml.safe_dump(stored, allow_unicode=True), *self.argv[1:]]
+        self.config = self._parse(parser, argv)
+        self.config[command].ckpt_path = str(path)
+
+    def _parse(self, parser: LightningArgumentParser, argv: list[str]) -> Namespace:
+        try:
+            return parser.parse_args(argv)
+        except ArgumentError as error:
+            flags = self._subcommand_parsers[self.argv[0]]._option_string_actions
+            raise ValueError(explain(str(error), self.argv, flags)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Not Lightning's way, which lets a checkpoint's settings override the flags."""
+
+    # building
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        command, path = self.subcommand, self._get(self.config, "ckpt_path")
+        if command != "fit" and config.logger is None:
+            kwargs["logger"] = False  # a validation is no run, and gets no folder
+        elif config.logger is None or config.logger is True:
+            folder = run_folder(Path(path)) if path else None
+            kwargs["logger"] = TensorBoardLogger(
+                folder.parent.parent if folder else config.default_root_dir or ".",
+                name=folder.parent.name if folder else LOGS,
+                version=folder.name if folder else None,
+                default_hp_metric=False,
+                # hides what a killed run logged after the step that it goes on from
+                purge_step=self.checkpoint["global_step"] + 1 if folder else None,
+                flush_secs=10,
+            )
+        if not config.plugins:
+            kwargs["plugins"] = [AtomicCheckpointIO()]
+        if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            if config.accelerator == "cuda" or not torch.backends.mps.is_available():
+                raise ValueError(
+                    f"--trainer.accelerator={config.accelerator}: torch {torch.__version__} sees "
+                    "no GPU here; leave the flag away to train on what there is"
+                )
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.model.run_config = self._parser(self.subcommand).dump(config, skip_none=False)
+        if self.checkpoint is None:
+            return
+        settings = self.model.describe(self.datamodule)
+        refuse_mismatch(
+            self.checkpoint[KEY], settings, config.ckpt_path, corpus=self.subcommand == "fit"
+        )
+
+    # running
+
+    def before_fit(self) -> None:
+        self.started = time.perf_counter()
+        self.first_step = self.checkpoint["global_step"] if self.checkpoint else 0
+        if 0 < self.trainer.max_steps <= self.first_step:
+            raise ValueError(
+                f"this run has done its {self.first_step} steps; go further with "
+                f"--trainer.max_steps={2 * self.first_step}"
+            )
+        if self.trainer.is_global_zero:
+            print(introduction(self.model, self.datamodule, self.trainer), flush=True)
+            self._keep_config()
+
+    def _keep_config(self) -> None:
+        """Write the whole configuration into the run's folder as config.yaml.
+
+        A resumed run that changes it adds config-stepN.yaml and leaves the first as it is.
+        """
+        folder = self.trainer.logger and self.trainer.logger.log_dir
+        if not folder or self.trainer.fast_dev_run:
+            return
+        path = Path(folder) / "config.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != self.model.run_config:
+            path = path.with_name(f"config-step{self.first_step}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model.run_config, encoding="utf-8")
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            seconds = time.perf_counter() - self.started
+            print(closing_table(self.trainer, self.model, seconds, self.first_step), flush=True)
+
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            for name, value in self.trainer.callback_metrics.items():
+                print(f"{name:<16}{value:.4f}")
+
+    after_test = after_validate
+
+    def predict(self, model: GPTModule, datamodule: TextDataModule, **kwargs: Any) -> None:
+        """Write the cost in nats of each held-out token to `predictions.npz`."""
+        batches = self.trainer.predict(model, datamodule, **kwargs)
+        nats = np.concatenate([nats.flatten().cpu().numpy() for nats, _ in batches])
+        ids = np.concatenate([ids.flatten().cpu().numpy() for _, ids in batches])
+        folder = Path(self.trainer.default_root_dir)
+        path, n = folder / "predictions.npz", 1
+        while path.exists():
+            path, n = folder / f"predictions-{n}.npz", n + 1
+        np.savez(path, ids=ids, nats=nats)
+        print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
+
+
+def explain(message: str, argv: list[str], flags: Any) -> str:
+    """A parser's message, with the nearest right name for a mistyped flag or key."""
+    following = [*argv[1:], ""]
+    configs = [
+        b if "=" not in a else a.partition("=")[2]
+        for a, b in zip(argv, following, strict=True)
+        if re.match(r"(-c|--config)(=|$)", a)
+    ]
+    where = f"--config={', '.join(configs)}: " if configs else ""
+    if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message, re.IGNORECASE):
+        return f"{found[1]} is no flag{nearest(found[1], flags)}"
+    if found := re.search(r"does not accept option '([\w.]+)'", message):
+        key = f"--{found[1]}"
+        return f"{where}{found[1]} is no setting{nearest(key, flags).replace('--', '')}"
+    if found := re.search(r'Parser key "([\w.]+)":', message):
+        if found[1] == "config":
+            return message.replace(found[0], "--config:", 1)
+        return message.replace(found[0], f"--{found[1]}:", 1)
+    return where + message
+
+
+def introduction(model: GPTModule, data: TextDataModule, trainer: Trainer) -> str:
+    """What is about to be trained on what, in three lines."""
+    sizes = [sum(stop - start for start, stop in s) for s in (data.train_spans, data.val_spans)]
+    config = model.net.config
+    shape = (
+        ""
+        if model.hparams.name == "bigram"
+        else f", {config.n_layer} layers x {config.n_embd}, {config.n_head} heads"
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    hp = data.hparams
+    return (
+        f"text   {data.corpus.name}: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out, "
+        f"vocabulary {data.vocab_size}\n"
+        f"model  {model.hparams.name}{shape}, block {hp.block_size}: {parameters:,} parameters\n"
+        f"run    {trainer.logger.log_dir if trainer.logger else 'no log'} on {trainer.strategy.root_device.type} x "
+        f"{trainer.world_size}, batch {hp.batch_size} x {hp.block_size}"
+    )
+
+
+def closing_table(trainer: Trainer, model: GPTModule, seconds: float, first_step: int) -> str:
+    """What came of the run."""
+    data, metrics, steps = model.data, trainer.callback_metrics, trainer.global_step
+    keeper = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast))
+    a_step = data.hparams.batch_size * data.hparams.block_size * trainer.world_size
+    a_step *= trainer.accumulate_grad_batches
+    rows = [
+        ("steps", f"{steps:,}" + (f" (from {first_step:,})" if first_step else "")),
+        ("time", f"{seconds:.1f} s, validation and samples included"),
+        (
+            "tokens seen",
+            f"{steps * a_step:,} ({steps * a_step / len(data.tokens) / 0.9:.1f} epochs)",
+        ),
+    ]
+    if "val/loss" in metrics:
+        final, best = float(metrics["val/loss"]), keeper.best_val_loss
+        bits = float(metrics["val/bpc"])
+        rows += [
+            ("final val loss", f"{final:.4f} nats per character ({bits:.4f} bits)"),
+            (
+                "best val loss",
+                f"{best:.4f} nats ({best / math.log(2):.4f} bits), step {keeper.best_step:,}",
+            ),
+        ]
+        if data.val_floor is not None:
+            rows.append(
+                ("the floor", f"{data.val_floor:.4f} nats: {final - data.val_floor:.4f} to go")
+            )
+    rows.append(("checkpoints", str(keeper.folder)))
+    rows.append(("write with it", f'{HOW} generate --ckpt_path={keeper.last_path} --prompt "..."'))
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

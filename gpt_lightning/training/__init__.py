@@ -1,0 +1,1 @@
+"""Learning: the LightningModule, its optimizer, its checkpoints, and what watches a run."""

@@ -1,0 +1,186 @@
+"""Lightning's side of checkpoints: written whole or not at all, the best and the last kept."""
+
+import os
+import signal
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.training.callbacks import stepped
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target, syncs it to the disk, then takes the target's place.
+
+    At every moment the target is the old file, whole, or the new one, whole. Lightning's own
+    writes to $TMPDIR and moves: across file systems that is a copy, which can be cut short.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        if hasattr(os, "O_DIRECTORY"):  # the new name itself must survive a power cut too
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended the run after a whole step, and its last checkpoint is saved."""
+
+    def __init__(self, signum: int, path: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}")
+        self.signum, self.path = signum, path
+
+
+class BestAndLast(Checkpoint):
+    """Keeps `best.ckpt` (lowest val/loss) and `last.ckpt` in the run's `checkpoints` folder.
+
+    One callback for both, so that `last` always knows of `best`. A `last` that falls due on a step
+    with a validation is written after that: a run killed in between does it again on resuming,
+    and no point of the curve is missing. The first Ctrl-C or SIGTERM saves after the present step
+    and raises `Interrupted`; a second one is not waited for.
+
+    Args:
+        every_n_train_steps: optimizer steps from one `last` to the next; the run's final step is
+            saved in any case. 0 saves that only.
+
+    Raises:
+        ValueError: if the folder already holds another run's checkpoints.
+    """
+
+    def __init__(self, every_n_train_steps: int = 250):
+        if every_n_train_steps < 0:
+            raise ValueError(
+                f"--checkpoint.every_n_train_steps={every_n_train_steps} must be 0 or more"
+            )
+        self.every_n_train_steps = every_n_train_steps
+        self.best_val_loss, self.best_step, self.last_step = float("inf"), 0, -1
+        self.folder: Path | None = None
+        self.signum: int | None = None
+        self.old_handlers: dict[int, Any] = {}
+
+    @property
+    def best_path(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    @property
+    def last_path(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        if trainer.ckpt_path is not None:
+            self.last_step = trainer.global_step
+            if trainer.is_global_zero:
+                self._keep_later(trainer)
+        elif self.last_path.exists() or self.best_path.exists():
+            raise ValueError(
+                f"{self.folder} holds an earlier run's checkpoints; resume that with "
+                "--ckpt_path=last, or choose another --trainer.default_root_dir"
+            )
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.old_handlers[signum] = signal.signal(signum, self._on_signal)
+
+    def _keep_later(self, trainer: Trainer) -> None:
+        """Going on from an earlier step must not cost the user the later states that are there."""
+        for path in (self.last_path, self.best_path):
+            if not path.exists() or path.resolve() == Path(trainer.ckpt_path).resolve():
+                continue
+            step = read_checkpoint(path)["global_step"]
+            kept = path.with_name(f"{path.stem}-step{step}.ckpt")
+            if step > trainer.global_step and not kept.exists():
+                os.replace(path, kept)
+                print(
+                    f"Going on from step {trainer.global_step}; the later {path.name} is now {kept}"
+                )
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            self._restore_handlers()
+            signal.raise_signal(signum)
+        self.signum = signum
+        sys.stderr.write("\nStopping after this step; once more to stop at once.\n")
+
+    def _restore_handlers(self) -> None:
+        for signum, handler in self.old_handlers.items():
+            signal.signal(signum, handler)
+        self.old_handlers = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if not stepped(trainer, batch_idx):
+            return
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # so that the final step is validated, whatever the interval
+        if not validation_follows(trainer):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
+            return
+        val_loss = float(trainer.callback_metrics["val/loss"])
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step = val_loss, trainer.global_step
+            self._save(trainer, self.best_path)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        step, every = trainer.global_step, self.every_n_train_steps
+        stop = self.signum is not None
+        if trainer.world_size > 1:  # all ranks must agree; asking costs, so not on every step
+            stop = step % trainer.log_every_n_steps == 0 and (
+                trainer.strategy.reduce_boolean_decision(stop, all=False)
+            )
+        if not trainer.fast_dev_run and (stop or (every and step % every == 0)):
+            self._save(trainer, self.last_path)
+        if stop:
+            raise Interrupted(self.signum or signal.SIGTERM, self.last_path)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._restore_handlers()
+        if self.last_step != trainer.global_step and not trainer.fast_dev_run:
+            self._save(trainer, self.last_path)
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _save(self, trainer: Trainer, path: Path) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # no checkpoint may be ahead of the curves on disk
+        trainer.save_checkpoint(path)
+        if path == self.last_path:
+            self.last_step = trainer.global_step
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the Trainer is about to validate, seen from the end of a training batch."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -1,0 +1,258 @@
+"""The LightningModule: a model, its cross-entropy loss, and AdamW.
+
+Legend: B batch, T time (block_size), V vocabulary.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from torchmetrics import MeanMetric
+
+from gpt_lightning.checkpoint import KEY, describe, refuse_mismatch
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.model import build_model, model_settings
+from gpt_lightning.model.lecture import LectureConfig
+from gpt_lightning.training.callbacks import RunLog
+from gpt_lightning.training.optimizers import adamw, warmup_cosine
+
+
+class GPTModule(LightningModule):
+    """A language model in training: next-token cross-entropy, AdamW, warm-up and cosine.
+
+    Logged every `trainer.log_every_n_steps` steps (by `callbacks.RunLog`): `train/loss`, `lr`,
+    `grad_norm`, `chars_per_second`. At each validation: `val/loss` (nats per
+    character, exact: every held-out token but the first is predicted once, in fp32, without
+    dropout), `val/bpc` (the same in bits), `val/floor` where it is known. The x-axis is optimizer
+    steps done.
+
+    Args:
+        vocab_size: V; from the data module.
+        block_size: T, the longest context; from the data module.
+        name: `lecture` (the lecture's final GPT) or `bigram` (its baseline, which ignores the
+            sizes below).
+        learning_rate: AdamW's, at its peak.
+        min_lr: the learning rate that the cosine ends at; a tenth of learning_rate unless given.
+        warmup_steps: steps over which the learning rate rises.
+        lr_decay_steps: the step at which it arrives at min_lr; the run's last unless given. 0
+            keeps it at its peak.
+        weight_decay: AdamW's, on matrices only.
+        beta1: AdamW's.
+        beta2: AdamW's.
+        eval_iters: also estimate the losses as the lecture does, by the mean over so many random
+            batches of each part (`estimate/train`, `estimate/val`); 0 does not.
+        compile: compile the model (torch.compile); pays on a GPU.
+        seed: dropout's randomness at each step follows from it.
+        **architecture: settings of the model.
+
+    Raises:
+        ValueError: in one line that names the flag, for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        name: Literal["lecture", "bigram"] = "lecture",
+        learning_rate: float = 1e-3,
+        min_lr: float | None = None,
+        warmup_steps: int = 100,
+        lr_decay_steps: int | None = None,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        eval_iters: int = 0,
+        compile: bool = False,
+        seed: int = 1337,
+        **architecture,
+    ):
+        super().__init__()
+        for flag, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"--model.{flag}={value} must be 0 or more")
+        for flag, value in (("warmup_steps", warmup_steps), ("eval_iters", eval_iters)):
+            if value < 0:
+                raise ValueError(f"--model.{flag}={value} must be 0 or more")
+        for flag, value in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= value < 1:
+                raise ValueError(f"--model.{flag}={value} must lie in [0, 1)")
+        self.save_hyperparameters(logger=False)
+        # named here, and not in build_model alone, so that the command line finds its fields
+        config = LectureConfig(vocab_size=vocab_size, block_size=block_size, **architecture)
+        self.net = build_model(name, **asdict(config))
+        self.val_loss = MeanMetric()
+        self.grad_norm: torch.Tensor | None = None
+        self.run_config: str | None = None  # YAML: what the command line was told, for resuming
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to logits (B, T, V)."""
+        return self.net(ids)
+
+    def loss(self, batch: tuple[torch.Tensor, torch.Tensor], reduction: str = "mean"):
+        """Cross-entropy in nats per token of x, y (B, T) each."""
+        x, y = batch
+        logits = self.net(x)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
+
+    # training
+
+    def configure_model(self) -> None:
+        # The module is compiled in place: torch.compile(net) would rename every weight.
+        if self.hparams.compile and self.net._compiled_call_impl is None:
+            self.net.compile()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        hp = self.hparams
+        return adamw(self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2))
+
+    def on_train_start(self) -> None:
+        # The optimizer's state came from the checkpoint with the settings of that time; those of
+        # this run hold.
+        for group, fresh in zip(
+            self.optimizers().param_groups, self.configure_optimizers().param_groups, strict=True
+        ):
+            group.update({k: v for k, v in fresh.items() if k in ("betas", "weight_decay")})
+        self.decay_steps = self._decay_steps()
+
+    def _decay_steps(self) -> int:
+        trainer = self.trainer
+        if self.hparams.lr_decay_steps is not None:
+            return self.hparams.lr_decay_steps
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        if (
+            trainer.max_epochs
+            and trainer.max_epochs > 0
+            and trainer.num_training_batches < math.inf
+        ):
+            return (
+                trainer.max_epochs * trainer.num_training_batches // trainer.accumulate_grad_batches
+            )
+        return 0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        hp = self.hparams
+        low = hp.learning_rate / 10 if hp.min_lr is None else hp.min_lr
+        return warmup_cosine(step, hp.learning_rate, low, hp.warmup_steps, self.decay_steps)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Everything that a step draws or follows is a function of (seed, step, micro-step, rank),
+        # so that a resumed run takes the same steps. No scheduler: its state would bring the
+        # checkpoint's learning rate back over the one that is asked for.
+        step = self.global_step
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+            group["lr"] = self.lr_at(step)
+        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        seed_everywhere(self.device, (self.hparams.seed, step, micro_step, self.global_rank))
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int):
+        return self.loss(batch)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [RunLog()]
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        if gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        if limit < math.inf or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+
+    # validation
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        # in fp32 whatever the precision of training, so that figures can be compared
+        with torch.autocast(self.device.type, enabled=False):
+            self.val_loss.update(self.loss(batch), weight=batch[1].numel())
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_exact("val")
+
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._log_exact("test")
+
+    def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int):
+        """Nats (B, T) that each next token costs, and the tokens (B, T)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.loss(batch, reduction="none").view_as(batch[1]), batch[1]
+
+    def _log_exact(self, part: str) -> None:
+        nats = self.val_loss.compute()  # per token, over all processes
+        self.val_loss.reset()
+        data = self.data
+        if data is not None:
+            nats = nats * data.val_tokens / data.val_characters
+        metrics = {f"{part}/loss": nats, f"{part}/bpc": nats / math.log(2)}
+        if data is not None and data.val_floor is not None:
+            metrics[f"{part}/floor"] = torch.tensor(data.val_floor)
+        if data is not None and self.hparams.eval_iters:
+            metrics["estimate/train"] = self._estimate(data, data.train_spans)
+            metrics["estimate/val"] = self._estimate(data, data.val_spans)
+        # to callbacks and the terminal through Lightning, to the loggers at our own step: the
+        # Trainer's would be one less
+        self.log_dict(metrics, logger=False)
+        if not self.trainer.sanity_checking:
+            self.log_to_loggers({name: float(value) for name, value in metrics.items()})
+
+    @property
+    def data(self) -> TextDataModule | None:
+        """The run's data module, unless its loaders are of somebody else's making."""
+        data = self.trainer.datamodule
+        return data if isinstance(data, TextDataModule) else None
+
+    def _estimate(self, data, spans) -> torch.Tensor:
+        """The lecture's `estimate_loss`: mean loss of random batches, in nats per token."""
+        mean = MeanMetric().to(self.device)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        for batch in data.estimator_batches(spans, self.hparams.eval_iters, rank, world):
+            mean.update(self.loss([part.to(self.device) for part in batch]))
+        return mean.compute()
+
+    def log_to_loggers(self, metrics: dict[str, float]) -> None:
+        """Write scalars at the present step (optimizer steps done) to every logger."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+
+    # checkpoints
+
+    def describe(self, data: TextDataModule) -> dict[str, Any]:
+        """What makes a checkpoint self-contained; see `checkpoint.describe`."""
+        settings = model_settings(self.hparams.name, self.net)
+        return describe(settings, data.tokenizer.state(), data.corpus.name, data.corpus_sha256)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.data is not None:
+            checkpoint[KEY] = {**self.describe(self.data), "config": self.run_config}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if KEY in checkpoint and self._trainer is not None and self.data is not None:
+            refuse_mismatch(
+                checkpoint[KEY],
+                self.describe(self.data),
+                self.trainer.ckpt_path,
+                corpus=self.trainer.state.fn == "fit",
+            )
+
+
+def seed_everywhere(device: torch.device, key: tuple[int, ...]) -> None:
+    """Seed torch's generators for the CPU and `device` from a tuple of integers.
+
+    Not torch.manual_seed, which costs a hundred microseconds a call. SeedSequence, because a CPU
+    generator ignores a seed's high 32 bits, so keys must be mixed, not packed.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

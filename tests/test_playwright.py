@@ -1,0 +1,313 @@
+"""The playwright's text is pinned, and its floor is exact."""
+
+import copy
+import functools
+import hashlib
+import itertools
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from gpt_lightning.data import playwright
+from gpt_lightning.data.playwright import Stage, floor, recognise, write_lines, write_play
+
+HEAD_SHA256 = "@HEAD@"
+TEXT_SHA256 = "@TEXT@"
+
+
+@pytest.fixture(scope="module")
+def play():
+    return write_play()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return write_play(seed=7, chars=60_000)
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_default_text_is_pinned(play):
+    # A new hash is a new text: GRAMMAR_VERSION must then change too.
+    assert playwright.GRAMMAR_VERSION == 1
+    assert sha256(play[0][:10_000]) == HEAD_SHA256
+    assert sha256(play[0]) == TEXT_SHA256
+
+
+def test_seeds():
+    assert write_play(3, 5_000)[0] == write_play(3, 5_000)[0] != write_play(4, 5_000)[0]
+
+
+@pytest.mark.parametrize("chars", [0, 1, 16, 10_000])
+def test_stops_with_the_first_line_that_reaches_chars(chars):
+    text, ends, nats = write_play(5, chars)
+    assert ends.dtype == np.int64 and nats.dtype == np.float64 and len(ends) == len(nats)
+    assert list(ends) == [i + 1 for i, c in enumerate(text) if c == "\n"]
+    if chars:
+        assert len(text) == ends[-1] >= chars > (ends[-2] if len(ends) > 1 else 0)
+    source = write_lines(5)
+    assert text == "".join(next(source)[0] for _ in nats)
+
+
+def test_charset_and_shape(play):
+    text = play[0]
+    assert text.isascii() and len(set(text)) <= 65
+    assert 1_000_000 <= len(text) < 1_000_200
+    assert 300 <= len(set(re.findall("[a-z]+", text.lower()))) <= 600
+    lines = text.split("\n")
+    assert max(map(len, lines)) < 100
+    # No boilerplate: a long line is seldom repeated.
+    long = Counter(line for line in lines if len(line) > 30)
+    assert len(long) > 0.8 * sum(long.values())
+
+
+# --- Exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [playwright.DEFAULT_SEED, 0, 2])
+def test_recogniser_finds_the_cost_that_the_writer_paid(seed):
+    # The writer knows one derivation and the recogniser sums over all, so equality also says that
+    # no line has a second derivation.
+    text, _, nats = write_play(seed, 150_000)
+    np.testing.assert_allclose(recognise(text), nats, rtol=0, atol=1e-9)
+
+
+def test_recogniser_would_see_a_second_derivation(monkeypatch, small):
+    twice = playwright.Rule([(1, "Exeunt."), (1, "@sound"), (1, "Exeu@end")])
+    monkeypatch.setitem(playwright.RULES, "exeunt", twice)
+    monkeypatch.setitem(playwright.RULES, "end", playwright.Rule([(1, "nt.")]))
+    text = small[0]
+    stop = text.index("Exeunt.\n") + len("Exeunt.\n")
+    with pytest.raises(ValueError, match=f"line {text[:stop].count(chr(10))} has more than one"):
+        recognise(text[:stop])
+
+
+def clash(stage):
+    """A beginning after which two derivations of the next line end alike, or None if none do.
+
+    Exhaustive: walks, character by character, all pairs of derivations that agree so far. A state
+    is what is still to be written (literal, symbol, literal, ...), which any derivation completes,
+    so two derivations clash as soon as they reach one state.
+    """
+
+    @functools.cache
+    def steps(state):
+        literal, *rest = state
+        if literal:
+            return [(literal[0], (literal[1:], *rest))]
+        if not rest:
+            return [("", ())]
+        symbol, after, *rest = rest
+        return [
+            step
+            for *head, last in stage.rule(symbol).parts
+            for step in steps((*head, last + after, *rest))
+        ]
+
+    first = [step for kind in stage.moves() for step in steps(("", kind, ""))]
+    first = [(char.upper(), state) for char, state in first]  # as the writer does
+    queue, seen = [("", first, first)], set()
+    while queue:
+        text, left, right = queue.pop()
+        for (i, (char, a)), (j, (other, b)) in itertools.product(enumerate(left), enumerate(right)):
+            if char != other or (left is right and i > j):
+                continue
+            if a == b and (left is not right or i != j):
+                return text + char
+            if a and b and (a, b) not in seen:
+                seen |= {(a, b), (b, a)}
+                queue.append((text + char, steps(a), steps(b)))
+    return None
+
+
+def stages(chars=60_000):
+    """A stage in every state that a play comes to, with and without the rarer moves."""
+    stage, found = Stage(), {}
+    for line, _ in itertools.islice(write_lines(1), chars // 20):
+        kind = playwright._readings(stage, line[:-1])[0][0]
+        stage.hear(kind, line[:-1])
+        found.setdefault((stage.state, *stage.moves()), copy.copy(stage))
+    return found
+
+
+STAGES = stages()
+
+
+def test_every_state_is_visited():
+    assert {state for state, *_ in STAGES} == playwright.STATES.keys() - {"start"}
+
+
+@pytest.mark.parametrize("state", STAGES, ids="-".join)
+def test_no_line_has_two_derivations(state):
+    assert clash(STAGES[state]) is None
+
+
+def test_clash_can_be_found(monkeypatch):
+    stage = STAGES["ask_", "speaker"]
+    monkeypatch.setattr(stage, "moves", lambda: {"exeunt": 1}, raising=False)
+    assert clash(stage) is None
+    monkeypatch.setitem(playwright.RULES, "end", playwright.Rule([(1, "nt."), (1, "nt!")]))
+    rule = playwright.Rule([(1, "exeunt."), (1, "Exeu@end")])
+    monkeypatch.setitem(playwright.RULES, "exeunt", rule)
+    assert clash(stage) is not None
+
+
+def test_alternatives_are_distinct_and_probabilities_sum_to_one():
+    for stage in STAGES.values():
+        symbols = {*playwright.RULES, "noun", "verb", *(stage.moves())}
+        for symbol in symbols:
+            rule = stage.rule(symbol)
+            assert len(set(rule.texts)) == len(rule.texts) > 0, symbol
+            assert math.isclose(math.fsum(rule.probs), 1)
+            assert np.allclose(np.exp(-np.array(rule.nats)), rule.probs, rtol=1e-12)
+
+
+def test_rhymes_are_told_by_the_word_alone():
+    words = [set(nouns + verbs) for nouns, verbs in playwright.ROWS]
+    assert sum(map(len, words)) == len(set.union(*words))
+    assert all(min(map(len, row)) >= 2 for row in playwright.ROWS)
+
+
+# --- The recogniser refuses what is not a text of the grammar ---------------------------------------
+
+
+def refused(lines, number):
+    with pytest.raises(ValueError, match=rf"line {number}\b"):
+        recognise("\n".join(lines) + "\n")
+
+
+def find(lines, pattern):
+    return next(i for i, line in enumerate(lines) if re.search(pattern, line))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (r"\b[Tt]hou hast\b", "thou has"),
+        (r"\bhe hath\b", "he hast"),
+        (r"\bthou art\b", "thou is"),
+        (r"\bthe\b", "teh"),
+        (r"(?<=[a-z])\.$", ".."),
+        (r"^ACT II$", "ACT III"),
+        (r"^SCENE II\.", "SCENE I."),
+        (r"^Why", "why"),
+        (r"^$", "O!"),
+    ],
+)
+def test_changed_words_are_refused(small, old, new):
+    lines = small[0].splitlines()[:1500]
+    at = find(lines, old)
+    lines[at] = re.sub(old, new, lines[at], count=1)
+    refused(lines, at + 1)
+
+
+def test_wrong_rhyme_is_refused(small):
+    lines = small[0].splitlines()[:1500]
+    at = find(lines, r"^(?!When|If|Since|Though|While|Because|Until).*\bday,$")
+    assert re.search(r"ay[.!]$", lines[at + 1])
+    for word in ("snow", "ring", "day"):  # no rhyme, nor the same word again
+        changed = re.sub(r"\w+([.!])$", word + r"\1", lines[at + 1])
+        refused([*lines[: at + 1], changed, *lines[at + 2 :]], at + 2)
+
+
+def test_only_the_cast_speak_and_never_twice_running(small):
+    lines = small[0].splitlines()[:400]
+    enter = find(lines, "^Enter ")
+    cast = re.findall("[A-Z]{2,}", lines[enter])
+    first = enter + 2
+    second = first + 1 + find(lines[first + 1 :], "^[A-Z]+:$")
+    stranger = next(name for name in playwright.NAMES if name not in cast)
+    for at, name in ((first, stranger), (second, stranger), (second, lines[first][:-1])):
+        refused([*lines[:at], f"{name}:", *lines[at + 1 :]], at + 1)
+    # Nor is anyone else spoken to.
+    spoken = first + 1
+    there = next(name for name in cast if name.title() in lines[spoken])
+    changed = lines[spoken].replace(there.title(), stranger.title())
+    refused([*lines[:spoken], changed, *lines[spoken + 1 :]], spoken + 1)
+
+
+def test_swapped_and_missing_lines_are_refused(small):
+    lines = small[0].splitlines()[:200]
+    at = find(lines, r"\?$") + 1  # the gap after a question; then someone answers
+    refused([*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]], at + 1)
+    refused(lines[1:], 1)
+    with pytest.raises(ValueError, match="line 200 does not end"):
+        recognise("\n".join(lines))
+
+
+def test_recognise_of_nothing():
+    assert recognise("").shape == (0,)
+
+
+# --- The probabilities are what they are said to be -----------------------------------------------
+
+
+def test_frequencies_follow_the_stated_probabilities(play):
+    rule = playwright.RULES["hour"]
+    counts = Counter(re.findall(r"^SCENE \w+\. .*, (.*)\.$", play[0], re.M))
+    total = sum(counts.values())
+    assert total > 200 and counts.keys() == set(rule.texts)
+    for text, prob in zip(rule.texts, rule.probs, strict=True):
+        assert abs(counts[text] - total * prob) < 4 * math.sqrt(total * prob)
+
+
+def test_cost_of_a_scene_line_in_closed_form():
+    # place and hour fall as 1 / (rank + const); the number of the scene is free.
+    source = write_lines(11)
+    lines = list(itertools.islice(source, 6))
+    line, cost = lines[4]
+    place, hour = re.fullmatch(r"SCENE I\. (.*), (.*)\.\n", line).groups()
+    expected = 0.0
+    for symbol, word in (("place", place), ("hour", hour)):
+        texts = playwright.RULES[symbol].texts
+        weights = [10_000 // (rank + playwright.FLATNESS) for rank in range(len(texts))]
+        expected -= math.log(weights[texts.index(word)] / sum(weights))
+    assert cost == pytest.approx(expected, abs=1e-12)
+    assert [cost for _, cost in lines[1:4]] == [0, 0, 0]  # gap, ACT I, gap: never in doubt
+
+
+def test_mean_cost_is_the_entropy(play):
+    # The text's mean cost over two halves agrees to sampling error.
+    _, ends, nats = play
+    half = ends[-1] // 2
+    assert floor(ends, nats, 0, half) == pytest.approx(floor(ends, nats, half, 2 * half), rel=0.02)
+
+
+# --- The floor --------------------------------------------------------------------------------------
+
+
+def test_floor_is_the_mean_cost_and_additive(small):
+    _, ends, nats = small
+    n = int(ends[-1])
+    assert floor(ends, nats, 0, n) == pytest.approx(nats.sum() / n, rel=1e-12)
+    assert floor(ends, nats, 0, int(ends[9])) == pytest.approx(nats[:10].sum() / ends[9])
+    for cut in (1, 777, n // 2, n - 1):
+        parts = floor(ends, nats, 0, cut) * cut + floor(ends, nats, cut, n) * (n - cut)
+        assert parts == pytest.approx(nats.sum(), rel=1e-12)
+
+
+def test_floor_counts_a_cut_line_in_proportion():
+    ends, nats = np.array([10, 14]), np.array([5.0, 8.0])
+    assert floor(ends, nats, 2, 12) == pytest.approx((0.8 * 5 + 0.5 * 8) / 10)
+
+
+@pytest.mark.parametrize("start, stop", [(-1, 5), (3, 3), (5, 4), (0, 15)])
+def test_floor_refuses_ranges_outside_the_text(start, stop):
+    with pytest.raises(ValueError, match="no characters"):
+        floor(np.array([10, 14]), np.array([5.0, 8.0]), start, stop)
+
+
+def test_a_bigram_stays_a_nat_above_the_floor(play):
+    text, ends, nats = play
+    _, codes = np.unique(np.frombuffer(text.encode(), np.uint8), return_inverse=True)
+    cut, size = len(codes) * 9 // 10, codes.max() + 1
+    counts = np.ones((size, size))
+    np.add.at(counts, (codes[: cut - 1], codes[1:cut]), 1)
+    probs = counts / counts.sum(1, keepdims=True)
+    loss = -np.log(probs[codes[cut - 1 : -1], codes[cut:]]).mean()
+    assert loss > floor(ends, nats, cut, len(codes)) + 1
