@@ -149,12 +149,12 @@ class GPTCLI(LightningCLI):
             )
         if not config.plugins:
             kwargs["plugins"] = [AtomicCheckpointIO()]
-        if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            if config.accelerator == "cuda" or not torch.backends.mps.is_available():
-                raise ValueError(
-                    f"--trainer.accelerator={config.accelerator}: torch {torch.__version__} sees "
-                    "no GPU here; leave the flag away to train on what there is"
-                )
+        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if config.accelerator in ("gpu", "cuda", "mps") and not gpu:
+            raise ValueError(
+                f"--trainer.accelerator={config.accelerator}: torch {torch.__version__} sees no "
+                "GPU here; leave the flag away to train on what there is"
+            )
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -252,12 +252,13 @@ def introduction(model: GPTModule, data: TextDataModule, trainer: Trainer) -> st
     )
     parameters = sum(p.numel() for p in model.parameters())
     hp = data.hparams
+    folder = trainer.logger.log_dir if trainer.logger else "no log"
     return (
         f"text   {data.corpus.name}: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out, "
         f"vocabulary {data.vocab_size}\n"
         f"model  {model.hparams.name}{shape}, block {hp.block_size}: {parameters:,} parameters\n"
-        f"run    {trainer.logger.log_dir if trainer.logger else 'no log'} on {trainer.strategy.root_device.type} x "
-        f"{trainer.world_size}, batch {hp.batch_size} x {hp.block_size}"
+        f"run    {folder} on {trainer.strategy.root_device.type} x {trainer.world_size}, batch "
+        f"{hp.batch_size} x {hp.block_size}"
     )
 
 

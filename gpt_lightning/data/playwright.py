@@ -25,7 +25,7 @@ GRAMMAR_VERSION = 1  # changes whenever the same seed would write another text
 DEFAULT_SEED = 1337
 DEFAULT_CHARS = 1_000_000
 
-FLATNESS = 8  # the first of a list's alternatives weighs as 1/8, the next as 1/9, ...
+FLATNESS = 10  # the first of a list's alternatives weighs as 1/10, the next as 1/11, ...
 
 # --- The language ---------------------------------------------------------------------------------
 
@@ -50,92 +50,83 @@ PERSON_WEIGHTS = (5, 5, 3, 3, 2, 2)
 
 # base/participle; "take1" (I, and the infinitive), "take2" (thou), "take3" (he) and "taken".
 TAKE = """
-    keep/kept find/found lose/lost seek/sought love/loved steal/stolen hide/hidden guard/guarded
-    mend/mended know/known break/broken bring/brought hear/heard trust/trusted hold/held leave/left
-    praise/praised kiss/kissed follow/followed send/sent
+    keep/kept find/found lose/lost seek/sought love/loved hide/hidden guard/guarded mend/mended
+    praise/praised trust/trusted break/broken steal/stolen
 """
 GO = """
-    sing/sung weep/wept sleep/slept wait/waited dance/danced laugh/laughed dream/dreamed
-    wander/wandered smile/smiled sigh/sighed rest/rested kneel/knelt
+    sing/sung weep/wept dance/danced laugh/laughed wander/wandered rest/rested kneel/knelt
+    smile/smiled
 """
 
 # Words for the ends of rhyming lines, one sound a row: nouns, then verbs. No word is in two rows.
 RHYMES = """
     day way play | stay say pray
-    night light knight | fight write
-    heart part art | start depart
-    tear year ear | hear fear
-    snow crow show | go grow
-    sea tree bee | flee agree
-    rain chain lane | remain explain
+    night light knight | write fight
+    heart part cart | start depart
+    tear year | hear fear
+    snow crow | go grow
+    sea tree bee | see flee
+    rain chain | complain remain
     king ring spring | sing cling
     hall wall ball | call fall
-    wine vine shrine | shine dine
+    wine vine | shine dine
+    moon tune spoon | swoon croon
+    crown town gown | frown drown
+    bell well | tell dwell
 """
 
 # "name = words" or "name: alternatives divided by |"; the earlier of them are the likelier.
 GRAMMAR = """
-thing = heart ring rose crown sword lute cup letter key candle bell ship song cloak drum book glove
-    lamp hat horse secret pearl fiddle kettle
-fair = sweet golden gentle silver little broken foolish humble tender crimson wicked dusty noble
-    velvet precious
-glad = merry sad true weary bold wise pale kind cold proud old blind young mad
-sky = moon sun wind sea rain river lark star owl swallow thunder
-virtue = love time fortune youth sorrow hope beauty
-oft = never often truly always once long
-near = in by near beyond
-spot = garden gate tower wood hill bridge castle meadow mill river
-where: @near the @spot | till morning | all night
-kin = mother father brother sister
-lord = king queen miller bishop sailor
+thing = rose moon sea heart ring crown rain king night bell wall sword lute letter river garden
+    star wind town candle day sun tree snow hall wine crow knight bee tear ball spoon cart gown
+    light chain vine well
+fair = sweet merry sad golden true gentle bold little wise pale kind silver cold humble proud weary
+    old young noble mad
+virtue = love time fortune youth sorrow hope
+oft = never often truly always once
+near = in by near beyond upon
+where: @near @np
+kin = mother father brother sister queen miller
 the = the my thy our his her
-my = my thy our his her
-np: @the @thing | @the @fair @thing | @my @kin's @thing | the @lord's @thing | a @fair @thing
+np: @the @fair @thing | @the @thing | @the @kin's @thing
 
-clause: $I $have @taken @np | $I $will @take1 @np | $I @take$n @np | $I $have @oft @taken @np
-    | $I $am as @glad as the @sky | $I $shall @go1 @where | @np is @glad | the @sky @go3 @where
-    | $I $am too @glad to @go1 @where | $I $have @oft @gone @where | @virtue is a @thing @where
-    | $I $do not @take1 @np | @virtue shall @take1 @np | $I $have neither @thing nor @thing
-    | the @sky is @glad and so $am $I | a @fair @thing is but a @thing | I @take1 @them
-    | $I $will @take1 @np with all $my heart | the @lord hath @taken @np | $I @go$n like the @sky
-them = thee him her them
-query: why $am $I so @glad | $have $I @taken @np | who hath @taken @np | where $do $I @go1
+clause: $I $have @taken @np | $I $will @take1 @np | $I @take$n @np | $I $shall @go1 @where
+    | @np is @fair | @np @go3 @where | $I $am as @fair as @np | $I $have @oft @gone @where
+    | $I $am too @fair to @go1 @where | @np hath @taken @np | $I $do not @take1 @np
+    | @virtue is a @fair @thing | @virtue shall @take1 @np | a @fair @thing is but a @thing
+    | $I $will @take1 @np with all $my heart | @np is @fair and so $am $I
+query: why $am $I so @fair | $have $I @taken @np | who hath @taken @np | where $do $I @go1
     | why $do $I @take1 @np | what @thing $have $I @taken | $will $I @take1 @np
-    | is @the @thing as @fair as @the @thing | how $shall $I @go1 @where | where is @np
-    | $am $I more @glad than the @sky
-oath: my honour | the moon | my heart | the stars above | my father's sword
-oh: O | alas | in faith | nay | come | marry | hark | why
-bid: pray | I beg thee | go and | do thou | come and
-aside: they say that | I think that | I fear that | I swear by @oath that
+    | is @np as @fair as @np | how $shall $I @go1 @where
+oh = O alas nay come hark
+bid: pray | go and | I beg thee
+aside: they say that | I think that | I fear that
 
-say: @clause. | @voc, @clause. | @oh, @clause! | @aside @clause. | @clause, @voc.
-    | @gossip hath @taken @np. | @bid @take1 @np, @voc. | let us @take1 @np @where.
-    | @gossip is @glad, and I am @glad. | @np! @np! @oh, I am @glad. | @bid @go1 @where.
-    | what a @fair @thing is @virtue! | O @fair @thing! O @glad and @fair @thing!
+say: @clause. | @voc, @clause. | @oh, @clause! | @clause, @voc. | @aside @clause.
+    | @gossip hath @taken @np. | @bid @take1 @np, @voc. | @bid @go1 @where.
+    | let us @take1 @np. | @np! @np! @oh, I am @fair. | what a @fair @thing is @virtue!
 ask: @query? | @query, @voc? | tell me, @voc, @query? | @oh, @query?
-if: when | if | since | though | while | because | until
+if = when if since though while
 when: @if @clause,
 then: @clause. | then @bid @take1 @np. | @oh, @clause! | @clause, @voc.
-sir = good noble gentle brave
-dame = sweet fair dear gracious
-hail: good morrow | well met | welcome | peace be with thee | a fair good evening | joy to thee
-wish: I am glad of thee | the day is young | the hour is late | how @glad thou art
-    | I have a tale for thee | thou art welcome here | I bring thee a @thing
+sir = good noble gentle
+dame = sweet fair gentle
+hail: good morrow | welcome | well met | joy to thee
+wish: how @fair thou art | the day is young | I bring thee a @thing
 greet: @hail, @voc. | @hail, @voc; @wish.
-ayno: ay | nay | alas, no | by @oath | ay, truly | who can say | I know not
+ayno: ay | nay | alas, no | ay, truly | who can say
 reply: @ayno, @clause. | @ayno, @voc: @clause. | @ayno, for @clause.
 
-verse: $I $have @taken the @fair @noun | the @sky @go3 upon the @noun
-    | the @sky shall teach $me how to @verb | $I $shall never @take1 the @noun
-    | so let the @fair @sky @verb | $I $am too @glad to @verb | and @virtue @go3 for the @noun
-    | for all the @fair world must @verb | $I $do not know the time to @verb
-    | there is no @thing so @fair as the @noun | the @lord hath @taken all but the @noun
+verse: $I $have @taken @the @fair @noun | @np @go3 upon the @noun
+    | $I $shall never @take1 the @noun | so let the @fair @thing @verb
+    | $I $am too @fair to @verb | and @virtue @go3 for the @noun
+    | for all the @fair world must @verb | there is no @thing so @fair as the @noun
+    | @np shall teach $me how to @verb
 open: @verse,
 close: @verse. | @verse!
-lilt: sing hey, sing ho, the @fair @noun | the @sky @go3 by the @noun
+lilt: sing hey, sing ho, the @fair @noun | O @fair @thing, O @fair @noun
     | O come, my love, and let us @verb | with a hey and a ho and a @fair @noun
-    | the @sky hath bid the maiden @verb | and who will @go1 when I must @verb
-    | down, down, derry down, we @verb | O @fair @sky, O @fair @noun
+    | @np hath bid the maiden @verb | and who will @go1 when I must @verb
 tune: @lilt,
 refrain: @lilt. | @lilt!
 

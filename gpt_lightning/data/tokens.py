@@ -131,15 +131,14 @@ def _header(dtype: np.dtype, count: int) -> bytes:
 
 
 def _build(entry: Path, corpus: Corpus, coder: Tokenizer) -> None:
-    characters = count = 0
+    count = 0
     with write_atomically(entry) as file:
         file.write(_header(coder.dtype, 0))
         for chunk in _with_bar(corpus, "tokens"):
             try:
-                ids = coder.encode(chunk, offset=characters)
+                ids = coder.encode(chunk, offset=count)  # of characters: none is left out
             except ValueError as error:
                 raise ValueError(f"--data.corpus={shown(corpus.name)}: {error}") from None
-            characters += len(chunk)
             count += len(ids)
             file.write(ids.data)
         if count == 0:

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,6 +33,8 @@ class RunLog(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.since = time.perf_counter()
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings(module))
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training. It goes on with the next batch."""
@@ -72,18 +75,21 @@ class RunLog(Callback):
         self.since = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Settings beside the best validation loss, for TensorBoard's table of runs."""
         losses = [getattr(c, "best_val_loss", math.inf) for c in trainer.checkpoint_callbacks]
-        if min(losses, default=math.inf) == math.inf:
-            return
-        data = module.data.hparams if module.data else {}
-        settings = {f"data/{k}": v for k, v in data.items()}
-        settings |= {f"model/{k}": v for k, v in module.hparams.items()}
+        best = min(losses, default=math.inf)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(
-                    settings, {"best_val_loss": min(losses)}, step=trainer.global_step
-                )
+            if isinstance(logger, TensorBoardLogger) and best < math.inf:
+                # settings beside the best loss: a row in TensorBoard's table of runs
+                metrics = {"best_val_loss": best}
+                logger.log_hyperparams(settings(module), metrics, step=trainer.global_step)
+
+
+def settings(module: LightningModule) -> dict[str, Any]:
+    """All settings of the model and the data, flat: `model/n_layer`, `data/block_size`, ..."""
+    data = module.data.hparams if module.data else {}
+    return {f"model/{k}": v for k, v in module.hparams.items()} | {
+        f"data/{k}": v for k, v in data.items()
+    }
 
 
 class GenerateText(Callback):

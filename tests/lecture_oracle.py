@@ -1,0 +1,172 @@
+"""The lecture's models in the lecture's own form: one small module per head, softmax by hand.
+
+Frozen: this is what `gpt_lightning.model.lecture` must go on being equal to, so it is changed only
+where the lecture itself was misread. The package never imports it. Two choices of the package's
+are followed, because weights could not be copied otherwise: `bias`, and a score divided by the
+square root of the head's size (the notes' listing has the number of channels there; the formula
+has the head's size).
+
+Legend: B batch, T time (at most block_size), C channels (n_embd), D head size, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Head(nn.Module):
+    """One head of masked self-attention."""
+
+    def __init__(self, n_embd, head_size, block_size, dropout):
+        super().__init__()
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.register_buffer("tril", torch.tril(torch.ones(block_size, block_size)))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        T = x.shape[1]
+        k, q, v = self.key(x), self.query(x), self.value(x)  # (B, T, D)
+        wei = q @ k.transpose(1, 2) / math.sqrt(k.shape[-1])  # (B, T, T)
+        wei = wei.masked_fill(self.tril[:T, :T] == 0, -math.inf)
+        wei = self.dropout(F.softmax(wei, dim=-1))
+        return wei @ v  # (B, T, D)
+
+
+class MultiHeadAttention(nn.Module):
+    """Heads one after the other, what they say side by side, and a projection of it."""
+
+    def __init__(self, n_embd, n_head, block_size, dropout, bias):
+        super().__init__()
+        size = n_embd // n_head
+        self.heads = nn.ModuleList([Head(n_embd, size, block_size, dropout) for _ in range(n_head)])
+        self.proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        said = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
+        return self.dropout(self.proj(said))
+
+
+class FeedForward(nn.Module):
+    """Two layers on each position alone."""
+
+    def __init__(self, n_embd, dropout, bias):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(n_embd, 4 * n_embd, bias=bias),
+            nn.ReLU(),
+            nn.Linear(4 * n_embd, n_embd, bias=bias),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """Communication, then computation, each added to what was there before."""
+
+    def __init__(self, n_embd, n_head, block_size, dropout, bias):
+        super().__init__()
+        self.sa = MultiHeadAttention(n_embd, n_head, block_size, dropout, bias)
+        self.ffwd = FeedForward(n_embd, dropout, bias)
+        self.ln1 = nn.LayerNorm(n_embd, bias=bias)
+        self.ln2 = nn.LayerNorm(n_embd, bias=bias)
+
+    def forward(self, x):
+        x = x + self.sa(self.ln1(x))
+        return x + self.ffwd(self.ln2(x))
+
+
+class GPTLanguageModel(nn.Module):
+    """The lecture's last listing: idx (B, T), targets (B, T) -> logits (B, T, V), loss."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True):
+        super().__init__()
+        self.block_size = block_size
+        self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding_table = nn.Embedding(block_size, n_embd)
+        blocks = [Block(n_embd, n_head, block_size, dropout, bias) for _ in range(n_layer)]
+        self.blocks = nn.Sequential(*blocks)
+        self.ln_f = nn.LayerNorm(n_embd, bias=bias)
+        self.lm_head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, idx, targets=None):
+        pos = self.position_embedding_table(torch.arange(idx.shape[1]))  # (T, C)
+        x = self.token_embedding_table(idx) + pos  # (B, T, C)
+        logits = self.lm_head(self.ln_f(self.blocks(x)))  # (B, T, V)
+        return logits, next_token_loss(logits, targets)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, generator=None):
+        """idx (B, T) -> (B, T + max_new_tokens), from the last block_size tokens each time."""
+        for _ in range(max_new_tokens):
+            idx_cond = idx[:, -self.block_size :]
+            probs = F.softmax(self(idx_cond)[0][:, -1, :], dim=-1)  # (B, V)
+            idx_next = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat([idx, idx_next], dim=1)
+        return idx
+
+
+class BigramLanguageModel(nn.Module):
+    """The lecture's first model: the next token's logits are a row of a table."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.token_embedding_table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None):
+        logits = self.token_embedding_table(idx)  # (B, T, V)
+        return logits, next_token_loss(logits, targets)
+
+
+def next_token_loss(logits, targets):
+    if targets is None:
+        return None
+    B, T, V = logits.shape
+    return F.cross_entropy(logits.view(B * T, V), targets.view(B * T))
+
+
+def oracle_of(model, dropout=None):
+    """The oracle of the shape of a `LectureGPT`, with its weights."""
+    c = model.config
+    dropout = c.dropout if dropout is None else dropout
+    oracle = GPTLanguageModel(
+        c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, dropout, c.bias
+    )
+    copy_named(from_model(model.state_dict(), c.n_head), oracle)
+    return oracle.train(model.training)
+
+
+def from_model(named, n_head):
+    """Tensors under our names (weights, or gradients) -> the same under the oracle's names.
+
+    Our qkv.weight (3C, C) has the rows of q, k, v one after the other, each of n_head heads of D
+    rows; each head of the oracle has three matrices (D, C) of its own.
+    """
+    found = {}
+    for name, tensor in named.items():
+        if not name.endswith("sa.qkv.weight"):
+            found[name] = tensor
+            continue
+        D = tensor.shape[1] // n_head
+        rows = iter(tensor.split(D))  # 3 * n_head pieces (D, C)
+        for part in ("query", "key", "value"):
+            for head in range(n_head):
+                new = name.replace("qkv.weight", f"heads.{head}.{part}.weight")
+                found[new] = next(rows)
+    return found
+
+
+def copy_named(named, oracle):
+    """Copy into the oracle's parameters, each of which must be there, and nothing else."""
+    own = dict(oracle.named_parameters())
+    assert own.keys() == named.keys()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            assert parameter.shape == named[name].shape
+            parameter.copy_(named[name])

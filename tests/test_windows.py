@@ -1,0 +1,368 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from gpt_lightning.data.windows import (
+    RandomWindows,
+    SlidingWindows,
+    exact_windows,
+    permute,
+    split_spans,
+)
+
+quick = settings(max_examples=60, deadline=None)
+
+
+def epoch_of(source, epoch):
+    """The starts of one epoch, as a list."""
+    return source.starts(np.arange(len(source)) + epoch * len(source)).tolist()
+
+
+def chi_square(counts) -> float:
+    """Distance of counts from equal ones, as a standard normal value (Wilson and Hilferty)."""
+    counts = np.asarray(counts, float)
+    expected, free = counts.sum() / len(counts), len(counts) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert message and "\n" not in message and len(message) < 300
+    return message
+
+
+@st.composite
+def some_spans(draw):
+    """Spans in order, with gaps between some of them; at least one holds a window."""
+    block_size = draw(st.integers(1, 9))
+    spans, at = [], 0
+    for _ in range(draw(st.integers(1, 4))):
+        at += draw(st.integers(0, 5))
+        size = draw(st.integers(1, 60))
+        spans.append((at, at + size))
+        at += size
+    assume(any(stop - start > block_size for start, stop in spans))
+    return spans, block_size
+
+
+# --- permute --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 256, 1000])
+def test_permute_is_a_permutation(n):
+    assert sorted(permute(np.arange(n), n, 1, 2).tolist()) == list(range(n))
+
+
+@quick
+@given(n=st.integers(1, 3000), keys=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3))
+def test_permute_is_a_permutation_for_any_size_and_keys(n, keys):
+    assert sorted(permute(np.arange(n), n, *keys).tolist()) == list(range(n))
+
+
+def test_permute_evaluates_any_indices_in_any_order():
+    whole = permute(np.arange(100), 100, 7)
+    some = np.array([99, 3, 3, 0, 42])
+    assert permute(some, 100, 7).tolist() == whole[some].tolist()
+    assert permute(np.arange(0), 100, 7).tolist() == []
+
+
+def test_permute_takes_a_key_for_each_element():
+    index, keys = np.tile(np.arange(50), 2), np.repeat([3, 4], 50)
+    expected = [*permute(np.arange(50), 50, 3), *permute(np.arange(50), 50, 4)]
+    assert permute(index, 50, keys).tolist() == expected
+
+
+def test_permute_differs_with_its_keys():
+    n = 200
+    found = [permute(np.arange(n), n, a, b).tolist() for a in range(6) for b in range(6)]
+    assert len({tuple(order) for order in found}) == len(found)
+    agree = [sum(x == y for x, y in zip(found[0], other, strict=True)) for other in found[1:]]
+    assert max(agree) < 10  # two unrelated orders agree at about one place
+
+
+def test_permute_puts_an_element_anywhere_equally_often():
+    n = 20
+    for index in (0, 7, 19):
+        where = permute(np.full(20000, index), n, np.arange(20000))
+        assert chi_square(np.bincount(where, minlength=n)) < 4
+
+
+# --- sliding windows ------------------------------------------------------------------------------
+
+# what seed 0 makes of 20 characters in windows of 4: changing it changes every run there is
+PINNED = [[12, 0, 8, 4], [13, 9, 1, 5], [10, 14, 6, 2], [0, 4, 8, 12]]
+
+
+def test_starts_on_a_tiny_text_are_these():
+    source = SlidingWindows([(0, 20)], block_size=4, stride=4, seed=0)
+    assert len(source) == 4
+    assert [epoch_of(source, epoch) for epoch in range(4)] == PINNED
+
+
+def test_starts_on_a_text_of_one_window():
+    source = SlidingWindows([(5, 10)], block_size=4, stride=4, seed=0)
+    assert [epoch_of(source, epoch) for epoch in range(3)] == [[5], [5], [5]]
+
+
+@quick
+@given(case=some_spans(), stride=st.integers(1, 12), seed=st.integers(0, 2**40))
+def test_an_epoch_is_a_grid_at_the_stride_within_each_span(case, stride, seed):
+    spans, block_size = case
+    source = SlidingWindows(spans, block_size, stride, seed)
+    for epoch in (0, 1, 5):
+        starts = sorted(epoch_of(source, epoch))
+        assert len(starts) == len(source)
+        for start, stop in spans:
+            own = [s for s in starts if start <= s and s + block_size + 1 <= stop]
+            starts = [s for s in starts if s not in own]
+            if stop - start <= block_size:
+                assert own == []
+                continue
+            assert own == list(range(own[0], own[-1] + 1, stride))  # each window once
+            first, end = own[0] - start, own[-1] + block_size + 1
+            assert first < stride and first + stop - end <= 2 * stride - 2  # little is left out
+        assert starts == []  # no window left its span
+
+
+@quick
+@given(case=some_spans(), seed=st.integers(0, 2**40))
+def test_at_a_stride_of_block_size_each_covered_character_is_seen_once_an_epoch(case, seed):
+    spans, block_size = case
+    source = SlidingWindows(spans, block_size, block_size, seed)
+    for epoch in range(3):
+        starts = np.array(epoch_of(source, epoch))
+        inputs = (starts[:, None] + np.arange(block_size)).ravel()
+        assert len(set(inputs.tolist())) == len(inputs)
+        for start, stop in spans:
+            inside = sorted(i for i in inputs.tolist() if start <= i < stop)
+            if stop - start > block_size:
+                assert inside == list(range(inside[0], inside[-1] + 1))
+
+
+def test_over_epochs_every_character_is_seen_at_every_place_in_a_window():
+    source = SlidingWindows([(0, 50)], block_size=5, stride=5, seed=3)
+    places = {i: set() for i in range(50)}
+    for epoch in range(100):
+        for start in epoch_of(source, epoch):
+            for place in range(5):
+                places[start + place].add(place)
+    assert all(places[i] == set(range(5)) for i in range(5, 44))
+    assert chi_square(np.bincount([min(epoch_of(source, e)) for e in range(500)])) < 4
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    source = SlidingWindows([(0, 301)], block_size=3, stride=3, seed=3)
+    orders = [tuple(np.argsort(epoch_of(source, epoch)).tolist()) for epoch in range(20)]
+    assert len(set(orders)) == 20
+    assert orders[0] != tuple(range(len(source)))
+
+
+def test_seeds_have_orders_and_phases_of_their_own():
+    orders, phases = set(), set()
+    for seed in range(20):
+        starts = epoch_of(SlidingWindows([(0, 301)], 10, 10, seed), 0)
+        orders.add(tuple(np.argsort(starts).tolist()))
+        phases.add(min(starts))
+    assert len(orders) == 20 and len(phases) > 5
+
+
+def test_a_stride_of_one_makes_every_window_there_is():
+    source = SlidingWindows([(0, 12), (20, 25), (30, 41)], block_size=4, stride=1, seed=9)
+    everything = [*range(0, 8), 20, *range(30, 37)]
+    for epoch in range(5):
+        assert sorted(epoch_of(source, epoch)) == everything
+
+
+@pytest.mark.parametrize("kind", ["sliding", "random"])
+def test_starts_do_not_depend_on_how_numbers_are_grouped(kind):
+    spans = [(0, 40), (50, 83)]
+    source = SlidingWindows(spans, 4, 3, 5) if kind == "sliding" else RandomWindows(spans, 4, 5)
+    numbers = np.arange(4 * len(source))
+    whole = source.starts(numbers)
+    one_by_one = [int(source.starts(np.array([n]))[0]) for n in numbers]
+    assert whole.tolist() == one_by_one
+    shuffled = np.random.default_rng(0).permutation(numbers)
+    assert source.starts(shuffled).tolist() == whole[shuffled].tolist()
+    again = SlidingWindows(spans, 4, 3, 5) if kind == "sliding" else RandomWindows(spans, 4, 5)
+    assert again.starts(numbers[7:30]).tolist() == whole[7:30].tolist()
+    assert whole.dtype == np.int64
+
+
+def test_starts_far_into_a_run_are_still_in_the_text():
+    source = SlidingWindows([(0, 100)], block_size=7, stride=7, seed=2**62)
+    far = np.arange(10**15, 10**15 + 500)
+    starts = source.starts(far)
+    assert starts.min() >= 0 and starts.max() + 8 <= 100
+
+
+@pytest.mark.parametrize("stride", [0, -1])
+def test_a_stride_below_one_is_refused(stride):
+    with pytest.raises(ValueError, match=f"--data.stride={stride} ") as error:
+        SlidingWindows([(0, 20)], block_size=4, stride=stride, seed=0)
+    one_line(error)
+
+
+@pytest.mark.parametrize("spans", [[(0, 4)], [(0, 3), (10, 14)], []])
+def test_spans_without_room_for_a_window_are_refused(spans):
+    for make in (lambda: SlidingWindows(spans, 4, 4, 0), lambda: RandomWindows(spans, 4, 0)):
+        with pytest.raises(ValueError) as error:
+            make()
+        assert "4 + 1 tokens" in one_line(error)
+
+
+# --- random windows -------------------------------------------------------------------------------
+
+
+def test_random_windows_are_uniform_over_every_start_there_is():
+    source = RandomWindows([(0, 24), (30, 34), (40, 45), (50, 70)], block_size=4, seed=11)
+    starts = source.starts(np.arange(40000))
+    possible = [*range(20), 40, *range(50, 66)]  # the last window ends with its span
+    assert sorted(set(starts.tolist())) == possible
+    assert chi_square([np.count_nonzero(starts == s) for s in possible]) < 4
+
+
+def test_neighbouring_random_windows_are_independent():
+    starts = RandomWindows([(0, 9)], block_size=4, seed=11).starts(np.arange(40001))
+    pairs = np.bincount(starts[:-1] * 5 + starts[1:], minlength=25)
+    assert chi_square(pairs) < 4
+
+
+@quick
+@given(case=some_spans(), seed=st.integers(0, 2**40))
+def test_random_windows_stay_in_their_spans(case, seed):
+    spans, block_size = case
+    source = RandomWindows(spans, block_size, seed)
+    for s in source.starts(np.arange(200)).tolist():
+        assert any(start <= s and s + block_size + 1 <= stop for start, stop in spans)
+    whole = sum((stop - start - 1) // block_size for start, stop in spans)
+    assert len(source) == whole  # windows that do not overlap
+
+
+def test_random_windows_differ_with_the_seed():
+    found = {tuple(RandomWindows([(0, 999)], 4, s).starts(np.arange(9)).tolist()) for s in range(9)}
+    assert len(found) == 9
+
+
+# --- split ----------------------------------------------------------------------------------------
+
+
+def test_tail_holds_out_what_the_lecture_does():
+    for length in [*range(100, 400), 1115394]:
+        n = int(0.9 * length)
+        assert split_spans(length, "tail", 0.1, 8) == ([(0, n)], [(n, length)])
+
+
+def test_blocks_on_a_small_text_are_these():
+    # 200 characters, a fifth of them held out in 40 // (16 * 2) = 1 block, in the middle
+    assert split_spans(200, "blocks", 0.2, 1) == ([(0, 80), (120, 200)], [(80, 120)])
+    # 400: 80 // 32 = 2 blocks
+    train, val = split_spans(400, "blocks", 0.2, 1)
+    assert train == [(0, 80), (120, 280), (320, 400)] and val == [(80, 120), (280, 320)]
+
+
+cases = dict(
+    length=st.integers(1, 20000),
+    split=st.sampled_from(["tail", "blocks"]),
+    fraction=st.one_of(st.floats(0.001, 0.999), st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.5])),
+    block_size=st.one_of(st.integers(1, 8), st.integers(1, 300)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(**cases)
+def test_split_partitions_the_text(length, split, fraction, block_size):
+    try:
+        train, val = split_spans(length, split, fraction, block_size)
+    except ValueError as error:
+        message = str(error)
+        assert "\n" not in message and "--data.block_size" in message
+        # refused only where one of the parts is about too short for a window
+        shorter = min(fraction, 1 - fraction) * length
+        assert shorter / (1 if split == "tail" else 21) <= block_size + 2
+        return
+    pieces = sorted(train + val)
+    assert pieces[0][0] == 0 and pieces[-1][1] == length
+    assert all(start <= stop for start, stop in pieces)
+    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    held_out = sum(stop - start for start, stop in val)
+    assert abs(held_out - fraction * length) < 1 + 1e-6
+    assert held_out == length - int(length * (1 - fraction))
+    for spans in (train, val):
+        assert max(stop - start for start, stop in spans) > block_size
+    if split == "blocks" and len(val) > 1:
+        assert len(val) <= 20
+        assert all(stop - start >= 16 * (block_size + 1) for start, stop in val)
+
+
+@settings(max_examples=100, deadline=None)
+@given(**cases, stride=st.integers(1, 9), kind=st.sampled_from(["sliding", "random"]))
+def test_no_training_window_touches_held_out_text(
+    length, split, fraction, block_size, stride, kind
+):
+    try:
+        train, val = split_spans(length, split, fraction, block_size)
+    except ValueError:
+        assume(False)
+    if kind == "sliding":
+        source = SlidingWindows(train, block_size, stride, 0)
+    else:
+        source = RandomWindows(train, block_size, 0)
+    held_out = np.zeros(length + 1, np.int64)  # held-out characters before each place
+    for start, stop in val:
+        held_out[start + 1 : stop + 1] += 1
+    held_out = held_out.cumsum()
+    starts = source.starts(np.arange(2 * len(source)))
+    assert (held_out[starts + block_size + 1] == held_out[starts]).all()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_a_fraction_outside_0_to_1_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"--data\.val_fraction=") as error:
+        split_spans(1000, "tail", fraction, 8)
+    one_line(error)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match=r"--data\.split=middle .* tail or blocks") as error:
+        split_spans(1000, "middle", 0.1, 8)
+    one_line(error)
+
+
+@pytest.mark.parametrize("split", ["tail", "blocks"])
+def test_a_part_too_short_for_a_window_is_refused_with_its_size(split):
+    with pytest.raises(ValueError, match=r"validation part has 10: .*--data\.block_size=10") as e:
+        split_spans(100, split, 0.1, 10)
+    one_line(e)
+    split_spans(100, split, 0.1, 9)  # nine characters and the next: the smallest that fits
+    with pytest.raises(ValueError, match="training part has") as error:
+        split_spans(100, split, 0.9, 10)
+    one_line(error)
+
+
+# --- exact windows --------------------------------------------------------------------------------
+
+
+def test_exact_windows_of_a_tiny_text_are_these():
+    starts, lengths = exact_windows([(0, 10), (20, 25)], block_size=4)
+    assert starts.tolist() == [0, 4, 8, 20]
+    assert lengths.tolist() == [4, 4, 1, 4]
+
+
+@quick
+@given(case=some_spans())
+def test_exact_windows_predict_every_token_but_the_first_of_each_span_once(case):
+    spans, block_size = case
+    starts, lengths = exact_windows(spans, block_size)
+    predicted, seen = [], []
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        assert 1 <= length <= block_size
+        predicted += range(start + 1, start + 1 + length)
+        seen += range(start, start + length)
+    assert predicted == [i for start, stop in spans for i in range(start + 1, stop)]
+    assert seen == [i for start, stop in spans for i in range(start, stop - 1)]
+    short = np.count_nonzero(lengths < block_size)
+    assert short <= len(spans)
