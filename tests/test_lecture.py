@@ -75,9 +75,8 @@ def test_gradients_are_the_lecture_s(settings):
     ours = from_model({n: p.grad for n, p in model.named_parameters()}, model.config.n_head)
     for name, parameter in oracle.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-4, msg=name)
-    assert all(grad.abs().max() > 0 for name, grad in ours.items() if ".ffwd" not in name) or (
-        settings["block_size"] == 1  # where attention has no choice
-    )
+    if settings["block_size"] > 1:  # else attention has no choice to learn from
+        assert all(grad.abs().max() > 0 for grad in ours.values())
 
 
 def test_the_bigram_is_the_lecture_s():
@@ -119,7 +118,6 @@ def test_dropout_is_at_the_lecture_s_places(monkeypatch):
     ids = some_ids(65, 3, 16)
     logits, expected = model(ids), oracle(ids)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    assert (logits - model.eval()(ids) if False else logits).shape == expected.shape
     assert (oracle.eval()(ids)[0] - expected).abs().max() > 0.1
     logits.square().sum().backward()
     expected.square().sum().backward()
@@ -139,15 +137,11 @@ def test_attention_dropout_drops_that_share_of_the_weights():
         attention.proj.weight.copy_(torch.eye(T))
         attention.proj.bias.zero_()
     torch.manual_seed(0)
-    said = []
-    for _ in range(20):
-        with torch.no_grad():
-            said.append(attention(torch.eye(T)[None])[0])  # (T, T): weights, twice dropped
-    kept = torch.stack([row != 0 for row in torch.stack(said).tril().unbind()]).float()
-    share = kept.sum() / (20 * T * (T + 1) / 2)
-    assert abs(share - (1 - p) ** 2) < 0.01  # once in the softmax, once behind the projection
-    means = torch.stack(said).mean(0).sum(1)  # the weights of a position still sum to 1 on average
-    assert abs(means.mean() - 1) < 0.02
+    with torch.no_grad():
+        said = attention(torch.eye(T).expand(20, T, T))  # weights (T, T), dropped twice
+    kept = said.tril().count_nonzero() / (20 * T * (T + 1) / 2)
+    assert abs(kept - (1 - p) ** 2) < 0.01  # once in the softmax, once behind the projection
+    assert abs(said.sum(-1).mean() - 1) < 0.02  # the weights of a position sum to 1 on average
 
 
 def test_dropout_acts_in_training_only():
@@ -164,33 +158,6 @@ def test_dropout_acts_in_training_only():
     again = model(ids)
     torch.manual_seed(8)
     assert torch.equal(model(ids), again)
-
-
-@pytest.mark.parametrize("place", ["attention", "projection", "feed-forward"])
-def test_each_of_the_three_dropouts_matters(place, monkeypatch):
-    model = random_model(**SHAPES[1], dropout=0.4).train()
-    quiet = {
-        "attention": [m for m in model.modules() if hasattr(m, "qkv")],
-        "feed-forward": [m for m in model.modules() if isinstance(m, nn.Dropout)],
-    }
-    fused, drop = F.scaled_dot_product_attention, F.dropout
-    if place == "attention":  # the other two off
-        monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x)
-    else:
-        monkeypatch.setattr(
-            F,
-            "scaled_dot_product_attention",
-            lambda q, k, v, dropout_p=0.0, is_causal=False: fused(q, k, v, is_causal=is_causal),
-        )
-        if place == "projection":
-            for module in quiet["feed-forward"]:
-                module.eval()
-        else:
-            for module in quiet["attention"]:
-                module.eval()
-    ids = some_ids(65, 2, 16)
-    assert not torch.allclose(model(ids), model(ids), atol=1e-2)
-    assert F.dropout is not drop or place != "attention"
 
 
 # --- causality ------------------------------------------------------------------------------------
@@ -236,8 +203,8 @@ def test_initial_weights_have_the_standard_deviation_asked_for():
         model = LectureGPT(LectureConfig(300, 200, init_std=std, **sizes))
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
-                # 2 % is over five standard errors for the smallest of them
-                assert abs(weight.std() / std - 1) < 0.05, name
+                # five standard errors for the smallest of them
+                assert abs(weight.std() / std - 1) < 0.03, name
                 assert abs(weight.mean()) < 0.05 * std, name
             elif name.endswith("bias"):
                 assert weight.eq(0).all(), name

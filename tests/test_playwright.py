@@ -14,8 +14,8 @@ import pytest
 from gpt_lightning.data import playwright
 from gpt_lightning.data.playwright import Stage, floor, recognise, write_lines, write_play
 
-HEAD_SHA256 = "@HEAD@"
-TEXT_SHA256 = "@TEXT@"
+HEAD_SHA256 = "91ec0b3d3c6a2da98ae48168ad7ffc26d00bcf6ab73b43f444ece46d451a5e76"
+TEXT_SHA256 = "765d7ac6b5fac5b294cf707801caf8df2fa2f466aa2b5da9c82387cec751a123"
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_rhymes_are_told_by_the_word_alone():
     assert all(min(map(len, row)) >= 2 for row in playwright.ROWS)
 
 
-# --- The recogniser refuses what is not a text of the grammar ---------------------------------------
+# --- The recogniser refuses what is not a text of the grammar -------------------------------------
 
 
 def refused(lines, number):
@@ -293,7 +293,7 @@ def test_mean_cost_is_the_entropy(play):
     assert floor(ends, nats, 0, half) == pytest.approx(floor(ends, nats, half, 2 * half), rel=0.02)
 
 
-# --- The floor --------------------------------------------------------------------------------------
+# --- The floor ------------------------------------------------------------------------------------
 
 
 def test_floor_is_the_mean_cost_and_additive(small):

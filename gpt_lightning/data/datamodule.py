@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gpt_lightning.data import windows
 from gpt_lightning.data.corpora import find_corpus
+from gpt_lightning.data.tokenizers import choose
 from gpt_lightning.data.tokens import prepare_tokens
 
 BATCHES_AT_ONCE = 64  # window starts are worked out for this many batches in one go
@@ -42,9 +43,10 @@ class TrainBatches(DistributedSampler):
     workers.
     """
 
-    def __init__(self, source, batch_size: int, length: int, block_size: int, trainer):
-        self.source, self.batch_size, self.block_size = source, batch_size, block_size
-        self.length, self.trainer = length, trainer
+    def __init__(self, data: "TextDataModule", length: int):
+        self.source, self.trainer, self.length = data.windows, data.trainer, length
+        self.batch_size, self.block_size = data.hparams.batch_size, data.hparams.block_size
+        self.overfit_batches = data.hparams.overfit_batches
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -52,6 +54,8 @@ class TrainBatches(DistributedSampler):
         within = np.arange(self.batch_size) + rank * self.batch_size
         while True:
             batches = np.arange(batch, batch + BATCHES_AT_ONCE)
+            if self.overfit_batches:
+                batches %= self.overfit_batches
             numbers = batches[:, None] * self.batch_size * world + within
             for starts in self.source.starts(numbers.ravel()).reshape(numbers.shape):
                 yield starts, self.block_size
@@ -120,6 +124,7 @@ class TextDataModule(LightningDataModule):
         val_fraction: how much of the text is held out.
         unknown: characters that a given vocabulary lacks: `error`, `drop` or `replace`.
         vocabulary: the characters of the vocabulary, where they are not to be the text's own.
+        overfit_batches: train on the first so many batches alone, over and over; 0 on all.
         num_workers: loader processes; batches are the same with any number.
         seed: chooses the order of the windows.
 
@@ -144,6 +149,7 @@ class TextDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         unknown: Literal["error", "drop", "replace"] = "error",
         vocabulary: str | None = None,
+        overfit_batches: int = 0,
         num_workers: int = 0,
         seed: int = 1337,
     ):
@@ -152,6 +158,7 @@ class TextDataModule(LightningDataModule):
             ("block_size", block_size, 1),
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
+            ("overfit_batches", overfit_batches, 0),
         ):
             if value < least:
                 raise ValueError(f"--data.{flag}={value} must be at least {least}")
@@ -165,14 +172,11 @@ class TextDataModule(LightningDataModule):
         self.train_spans, self.val_spans = windows.split_spans(
             len(self.tokens), split, val_fraction, block_size
         )
-        if sampling == "sliding":
-            self.windows = windows.SlidingWindows(
-                self.train_spans, block_size, stride or block_size, seed
-            )
-        elif sampling == "random":
-            self.windows = windows.RandomWindows(self.train_spans, block_size, seed)
+        if choose("--data.sampling", sampling, ("sliding", "random")) == "sliding":
+            stride = block_size if stride is None else stride
+            self.windows = windows.SlidingWindows(self.train_spans, block_size, stride, seed)
         else:
-            raise ValueError(f"--data.sampling={sampling} is unknown; choose sliding or random")
+            self.windows = windows.RandomWindows(self.train_spans, block_size, seed)
         self._check_batch_size(1)
 
     def _check_batch_size(self, world_size: int) -> None:
@@ -221,10 +225,7 @@ class TextDataModule(LightningDataModule):
         trainer = self.trainer
         self._check_batch_size(trainer.world_size)
         length = self.batches_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
-        sampler = TrainBatches(
-            self.windows, self.hparams.batch_size, length, self.hparams.block_size, trainer
-        )
-        return self._loader(sampler, self.hparams.num_workers)
+        return self._loader(TrainBatches(self, length), self.hparams.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         # Without gradients a batch needs a fraction of the memory, and larger ones are faster.

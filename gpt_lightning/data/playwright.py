@@ -36,9 +36,9 @@ ROMAN = ("I", "II", "III", "IV", "V")
 ACTS, SCENES, COMPANY = len(ROMAN), 4, 4  # acts in a play; most scenes in an act; most on stage
 
 # An alternative with "$" stands for six, one per person: "$I $have" is "I have", "thou hast", ...
-# The last column numbers the form of a verb, so "@take$n" agrees with "$I".
+# The last column numbers the form of a verb, so that "@take$n" agrees with "$I".
 PERSONS = """
-    I    have am  do   will shall my    me   n
+    $I   $have $am $do $will $shall $my $me $n
     I    have am  do   will shall my    me   1
     thou hast art dost wilt shalt thy   thee 2
     he   hath is  doth will shall his   him  3
@@ -112,7 +112,7 @@ then: @clause. | then @bid @take1 @np. | @oh, @clause! | @clause, @voc.
 sir = good noble gentle
 dame = sweet fair gentle
 hail: good morrow | welcome | well met | joy to thee
-wish: how @fair thou art | the day is young | I bring thee a @thing
+wish: how @fair thou art | the day is young | I bring thee @np
 greet: @hail, @voc. | @hail, @voc; @wish.
 ayno: ay | nay | alas, no | ay, truly | who can say
 reply: @ayno, @clause. | @ayno, @voc: @clause. | @ayno, for @clause.
@@ -138,7 +138,7 @@ place: A garden | A hall in the castle | A wood near the river | A street in the
     | A tower by the sea | A tavern | The market | A ship at sea | Before the gate
 hour: at dawn | by moonlight | at noon | in the rain | at evening | in winter
 cast: @two | @three | @four
-manner: weeping | laughing | in haste | with a @thing | in silence | in disguise
+manner: weeping | laughing | in haste | with a letter | in silence | in disguise
 enter: Enter @newcomer. | Enter @newcomer, @manner.
 exit: Exit @leaver. | Exit @leaver, @manner.
 sound: Thunder is heard. | A bell tolls within. | Soft music is heard. | A trumpet sounds.
@@ -197,14 +197,14 @@ def _ranked(texts: list[str]) -> Rule:
             continue
         for share, forms in zip(PERSON_WEIGHTS, persons, strict=True):
             table = dict(zip(columns, forms, strict=True))
-            form = re.sub(r"\$([a-zI]+)", lambda match, table=table: table[match[1]], text)
-            alternatives.append((weight * share, form))
+            form = re.split(r"(\$\w+)", text)
+            alternatives.append((weight * share, "".join(table.get(part, part) for part in form)))
     return Rule(alternatives)
 
 
 def _build_rules() -> dict[str, Rule]:
     rules = {}
-    for block in re.split(r"\n+(?=\w)", GRAMMAR.strip()):
+    for block in re.split(r"\n+(?=\w)", GRAMMAR.strip()):  # an indented line goes on with a block
         name, sign, body = re.match(r"(\w+)( =|:)(.*)", block, re.S).groups()
         texts = body.split() if sign == " =" else body.split("|")
         rules[name] = _ranked([" ".join(text.split()) for text in texts])
@@ -243,13 +243,11 @@ ROWS = [[half.split() for half in row.split("|")] for row in RHYMES.strip().spli
 @cache
 def _name_rule(names: tuple[str, ...], likely: str, lord: str, lady: str) -> Rule:
     """One of the names, in the given form; ``likely`` weighs four times as much as another."""
+    forms = {name: lady if name in LADIES else lord for name in names}
     return Rule(
         [
-            (
-                4 if name == likely else 1,
-                (lady if name in LADIES else lord).format(name, name.title()),
-            )
-            for name in names
+            (4 if name == likely else 1, form.format(name, name.title()))
+            for name, form in forms.items()
         ]
     )
 
