@@ -6,6 +6,7 @@ imports Lightning: `generate` must start fast, and run where only torch is.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--ckpt_path={path}: no such file")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -71,6 +75,8 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
     Raises:
         ValueError: in one line, if there is none.
     """
+    if not str(which):  # an unset variable of a shell script
+        raise ValueError("--ckpt_path is empty; give last, best or a file")
     if which not in ("last", "best"):
         path = Path(which).expanduser()
         if path.is_dir():

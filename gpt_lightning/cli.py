@@ -143,8 +143,12 @@ def generate(argv: list[str]) -> None:
     from gpt_lightning.generation.sampling import Sampling
     from gpt_lightning.generation.writer import Writer
 
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"--seed={args.seed} must fit in 64 bits")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    which = args.ckpt_path or newest_run(args.root) or "best"
+    which = args.ckpt_path
+    if which is None:
+        which = newest_run(args.root) or "best"
     writer = Writer.load(find_checkpoint(which, args.root), pick_device(args.device), args.unknown)
     prompt = read_prompt(args.prompt, args.prompt_file)
     stream = sys.stdout.isatty() if args.stream is None else args.stream
@@ -192,7 +196,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} is not available here; try --device=cpu") from error
     return name

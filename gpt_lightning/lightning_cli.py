@@ -56,6 +56,8 @@ def run_trainer(argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", ".*but have no logger configured.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     try:
         GPTCLI(argv)
     except MisconfigurationException as error:
@@ -82,6 +84,7 @@ class GPTCLI(LightningCLI):
             parser_kwargs={
                 "prog": HOW,
                 "exit_on_error": False,
+                "allow_abbrev": False,
                 **{
                     name: {"exit_on_error": False, "description": text}
                     for name, text in commands.items()
@@ -105,7 +108,9 @@ class GPTCLI(LightningCLI):
         """Parse the flags, over those that the checkpoint was trained with, if one is given."""
         self.config = self._parse(parser, self.argv)
         command, given = self.argv[0], self.config[self.argv[0]]
-        which = given.ckpt_path or (None if command == "fit" else "best")
+        which = given.ckpt_path
+        if which is None and command != "fit":
+            which = "best"
         if which is None:
             return
         path = find_checkpoint(which, given.trainer.default_root_dir or ".")
@@ -121,10 +126,19 @@ class GPTCLI(LightningCLI):
 
     def _parse(self, parser: LightningArgumentParser, argv: list[str]) -> Namespace:
         try:
-            return parser.parse_args(argv)
-        except ArgumentError as error:
+            config = parser.parse_args(argv)
+        except (ArgumentError, UnicodeDecodeError) as error:
             flags = self._subcommand_parsers[self.argv[0]]._option_string_actions
             raise ValueError(explain(str(error), self.argv, flags)) from error
+        given = config[self.argv[0]]
+        for name in STORED[1:]:
+            if not isinstance(given[name], Namespace):  # which jsonargparse lets pass
+                raise ValueError(f"--config: {name}: {given[name]} is no mapping of settings")
+        if not 0 <= int(given.seed_everything) < 2**32:
+            raise ValueError(
+                f"--seed_everything={given.seed_everything} must be 0 or more and below 2**32"
+            )
+        return config
 
     def _parse_ckpt_path(self) -> None:
         """Not Lightning's way, which lets a checkpoint's settings override the flags."""
@@ -155,7 +169,16 @@ class GPTCLI(LightningCLI):
                 f"--trainer.accelerator={config.accelerator}: torch {torch.__version__} sees no "
                 "GPU here; leave the flag away to train on what there is"
             )
-        return super().instantiate_trainer(**kwargs)
+        if command == "fit":
+            refuse_trainer_settings(config)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        # what Lightning raises for a bad setting; a TypeError for a number of devices
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            named = [key for key in re.findall(r"\w+", str(error)) if key in config]
+            flags = [f"--trainer.{key}={config[key]}" for key in named[:1]]
+            flags = flags or [flag for flag in self.argv if flag.startswith("--trainer.")]
+            raise ValueError(f"{' '.join(flags)}: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -177,47 +200,108 @@ class GPTCLI(LightningCLI):
                 f"this run has done its {self.first_step} steps; go further with "
                 f"--trainer.max_steps={2 * self.first_step}"
             )
+        self._refuse_what_fails_later()
         if self.trainer.is_global_zero:
-            print(introduction(self.model, self.datamodule, self.trainer), flush=True)
             self._keep_config()
+            print(introduction(self.model, self.datamodule, self.trainer), flush=True)
+
+    def _refuse_what_fails_later(self) -> None:
+        """Raise a ValueError for what would fail or do nothing once the run's folder is made."""
+        trainer = self.trainer
+        loops = self.checkpoint["loops"] if self.checkpoint else {}
+        epochs = loops["fit_loop"]["epoch_progress"]["current"]["processed"] if loops else 0
+        if 0 < (trainer.max_epochs or 0) <= epochs:
+            raise ValueError(
+                f"this run has begun its {epochs} epochs already; go further with "
+                f"--trainer.max_epochs={2 * epochs}"
+            )
+        interval = trainer.val_check_interval
+        batches = self.datamodule.batches_per_epoch(
+            trainer.world_size, trainer.accumulate_grad_batches
+        )
+        if trainer.check_val_every_n_epoch and type(interval) is int and interval > batches:
+            raise ValueError(
+                f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
+                "epoch; with --trainer.check_val_every_n_epoch give a part of an epoch, up to 1.0"
+            )
+        try:
+            self.datamodule.tokenizer.encode(self._get(self.config_init, "sample").prompt)
+        except ValueError as error:
+            raise ValueError(f"--sample.prompt: {error}") from error
 
     def _keep_config(self) -> None:
         """Write the whole configuration into the run's folder as config.yaml.
 
         A resumed run that changes it adds config-stepN.yaml and leaves the first as it is.
         """
-        folder = self.trainer.logger and self.trainer.logger.log_dir
-        if not folder or self.trainer.fast_dev_run:
+        if self.trainer.fast_dev_run:
             return
-        path = Path(folder) / "config.yaml"
+        logger = self.trainer.logger
+        folder = Path(logger and logger.log_dir or self.trainer.default_root_dir)
+        self._make(folder)
+        if not logger:
+            return
+        path = folder / "config.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != self.model.run_config:
             path = path.with_name(f"config-step{self.first_step}.yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.model.run_config, encoding="utf-8")
 
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--trainer.default_root_dir={self.trainer.default_root_dir}: the folder {folder} "
+                f"cannot be made ({error.strerror})"
+            ) from error
+
     def after_fit(self) -> None:
+        if self.trainer.global_step == self.first_step and not self.trainer.fast_dev_run:
+            raise ValueError("no step was taken: the time of --trainer.max_time is used up")
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             seconds = time.perf_counter() - self.started
             print(closing_table(self.trainer, self.model, seconds, self.first_step), flush=True)
 
-    def after_validate(self) -> None:
-        if self.trainer.is_global_zero:
-            for name, value in self.trainer.callback_metrics.items():
-                print(f"{name:<16}{value:.4f}")
-
-    after_test = after_validate
-
     def predict(self, model: GPTModule, datamodule: TextDataModule, **kwargs: Any) -> None:
         """Write the cost in nats of each held-out token to `predictions.npz`."""
+        folder = Path(self.trainer.default_root_dir)
+        self._make(folder)
         batches = self.trainer.predict(model, datamodule, **kwargs)
+        if not batches:
+            raise ValueError("--trainer.limit_predict_batches=0 leaves nothing to predict")
         nats = np.concatenate([nats.flatten().cpu().numpy() for nats, _ in batches])
         ids = np.concatenate([ids.flatten().cpu().numpy() for _, ids in batches])
-        folder = Path(self.trainer.default_root_dir)
         path, n = folder / "predictions.npz", 1
         while path.exists():
             path, n = folder / f"predictions-{n}.npz", n + 1
         np.savez(path, ids=ids, nats=nats)
         print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
+
+
+def refuse_trainer_settings(config: Namespace) -> None:
+    """Raise a ValueError for settings that Lightning takes, and stumbles over in the run."""
+    for name in (
+        "max_steps",
+        "max_epochs",
+        "limit_train_batches",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "accumulate_grad_batches",
+        "log_every_n_steps",
+    ):
+        value = config[name]
+        endless = value == -1 and name in ("max_steps", "max_epochs")
+        if isinstance(value, int | float) and value <= 0 and not endless:
+            raise ValueError(f"--trainer.{name}={value} must be above 0")
+    if (config.gradient_clip_val or 0) < 0:
+        raise ValueError(
+            f"--trainer.gradient_clip_val={config.gradient_clip_val} must not be negative"
+        )
+    if config.overfit_batches:
+        raise ValueError(
+            f"--trainer.overfit_batches={config.overfit_batches} would replace the order of the "
+            f"windows; use --data.overfit_batches={config.overfit_batches}"
+        )
 
 
 def explain(message: str, argv: list[str], flags: Any) -> str:
@@ -228,7 +312,7 @@ def explain(message: str, argv: list[str], flags: Any) -> str:
         for a, b in zip(argv, following, strict=True)
         if re.match(r"(-c|--config)(=|$)", a)
     ]
-    where = f"--config={', '.join(configs)}: " if configs else ""
+    where = f"--config={', '.join(configs)}: " if any(configs) else ""
     if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message, re.IGNORECASE):
         return f"{found[1]} is no flag{nearest(found[1], flags)}"
     if found := re.search(r"does not accept option '([\w.]+)'", message):
@@ -237,7 +321,18 @@ def explain(message: str, argv: list[str], flags: Any) -> str:
     if found := re.search(r'Parser key "([\w.]+)":', message):
         if found[1] == "config":
             return message.replace(found[0], "--config:", 1)
-        return message.replace(found[0], f"--{found[1]}:", 1)
+        given = any(re.match(rf"--{re.escape(found[1])}(=|$)", arg) for arg in argv)
+        where = "" if given else where
+        kinds = re.findall(
+            r"Expected an? (?:<class '|typing\.Literal\[)?(.+?)(?:'>|\]|\n|$)", message
+        )
+        value = re.search(r"(?:Got|Given) value: (.*)", message)
+        if kinds and value:
+            kinds = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
+            return f"{where}--{found[1]}={value[1]}: expected {kinds}"
+        return where + message.replace(found[0], f"--{found[1]}:", 1)
+    if "Unexpected config:" in message:
+        return f"{where}no mapping of settings, such as  model: {{n_layer: 6}}"
     return where + message
 
 

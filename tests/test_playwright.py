@@ -52,6 +52,7 @@ def test_stops_with_the_first_line_that_reaches_chars(chars):
         assert len(text) == ends[-1] >= chars > (ends[-2] if len(ends) > 1 else 0)
     source = write_lines(5)
     assert text == "".join(next(source)[0] for _ in nats)
+    assert write_play(5, len(text))[0] == text
 
 
 def test_charset_and_shape(play):
@@ -64,6 +65,31 @@ def test_charset_and_shape(play):
     # No boilerplate: a long line is seldom repeated.
     long = Counter(line for line in lines if len(line) > 30)
     assert len(long) > 0.8 * sum(long.values())
+
+
+def test_plays_are_in_order(play):
+    lines = play[0].splitlines()
+    order = [line.split(".")[0] for line in lines if re.match("THE |ACT |SCENE ", line)]
+    plays = re.split("THE [A-Z ]+", "/".join(order))[1:-1]  # the last is not whole
+    scenes = "(SCENE I/SCENE II/(SCENE III/(SCENE IV/)?)?)"
+    whole = "/" + "".join(f"ACT {number}/{scenes}" for number in playwright.ROMAN)
+    assert len(plays) > 10 and all(re.fullmatch(whole, play) for play in plays)
+    casts = [re.findall("[A-Z]{2,}", line) for line in lines if re.match("Enter .* and ", line)]
+    assert {len(cast) for cast in casts} == {2, 3, 4}
+    assert all(cast == sorted(set(cast)) for cast in casts)
+
+
+def test_couplets_rhyme(small):
+    sound = {word: i for i, row in enumerate(playwright.ROWS) for word in row[0] + row[1]}
+    stage, couplets = Stage(), 0
+    for line in small[0].splitlines():
+        kind, rhyme = playwright._readings(stage, line)[0][0], stage.rhyme
+        stage.hear(kind, line)
+        if kind in ("close", "refrain"):
+            word = re.findall("[a-z]+", line)[-1]
+            assert word != rhyme and sound[word] == sound[rhyme]
+            couplets += 1
+    assert couplets > 100
 
 
 # --- Exactness ------------------------------------------------------------------------------------
@@ -225,7 +251,7 @@ def test_wrong_rhyme_is_refused(small):
     lines = small[0].splitlines()[:1500]
     at = find(lines, r"^(?!When|If|Since|Though|While|Because|Until).*\bday,$")
     assert re.search(r"ay[.!]$", lines[at + 1])
-    for word in ("snow", "ring", "day"):  # no rhyme, nor the same word again
+    for word in ("snow", "ring", "day"):
         changed = re.sub(r"\w+([.!])$", word + r"\1", lines[at + 1])
         refused([*lines[: at + 1], changed, *lines[at + 2 :]], at + 2)
 

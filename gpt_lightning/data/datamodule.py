@@ -52,14 +52,13 @@ class TrainBatches(DistributedSampler):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         batch = self.trainer.global_step * self.trainer.accumulate_grad_batches
         within = np.arange(self.batch_size) + rank * self.batch_size
-        while True:
-            batches = np.arange(batch, batch + BATCHES_AT_ONCE)
+        for first in range(0, self.length, BATCHES_AT_ONCE):
+            batches = batch + np.arange(first, min(first + BATCHES_AT_ONCE, self.length))
             if self.overfit_batches:
                 batches %= self.overfit_batches
             numbers = batches[:, None] * self.batch_size * world + within
             for starts in self.source.starts(numbers.ravel()).reshape(numbers.shape):
                 yield starts, self.block_size
-            batch += BATCHES_AT_ONCE
 
     def __len__(self) -> int:
         return self.length

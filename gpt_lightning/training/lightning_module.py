@@ -198,10 +198,10 @@ class GPTModule(LightningModule):
         if data is not None and self.hparams.eval_iters:
             metrics["estimate/train"] = self._estimate(data, data.train_spans)
             metrics["estimate/val"] = self._estimate(data, data.val_spans)
-        # to callbacks and the terminal through Lightning, to the loggers at our own step: the
-        # Trainer's would be one less
-        self.log_dict(metrics, logger=False)
-        if not self.trainer.sanity_checking:
+        # While fitting, to the loggers at our own step: the Trainer's would be one less.
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(metrics, logger=not fitting)
+        if fitting and not self.trainer.sanity_checking:
             self.log_to_loggers({name: float(value) for name, value in metrics.items()})
 
     @property

@@ -1,0 +1,168 @@
+"""The commands as a user types them, when all is well."""
+
+import shutil
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+
+from gpt_lightning.cli import main
+
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--data.block_size=8",
+    "--data.batch_size=4",
+    "--model.n_layer=1",
+    "--model.n_head=1",
+    "--model.n_embd=8",
+    "--trainer.max_steps=3",
+    "--trainer.val_check_interval=3",
+    "--sample.every_n_steps=3",
+    "--sample.max_new_tokens=12",
+]
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in argv])
+    return ended.value.code
+
+
+def test_generate_needs_the_checkpoint_file_alone(trained, tmp_path, cli):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(trained / "lightning_logs/version_0/checkpoints/best.ckpt", empty / "mine.ckpt")
+    shutil.rmtree(trained)
+    flags = ["generate", "--ckpt_path=mine.ckpt", "--prompt=To be", "--max_new_tokens=40"]
+    texts = [cli(*flags, f"--seed={seed}", cwd=empty) for seed in (7, 7, 8)]
+    assert [t.returncode for t in texts] == [0, 0, 0], texts[0].stderr
+    assert texts[0].stdout == texts[1].stdout != texts[2].stdout
+    assert texts[0].stdout.startswith("To be") and len(texts[0].stdout) == len("To be") + 41
+    assert [p.name for p in empty.iterdir()] == ["mine.ckpt"]
+
+
+def test_generate_does_not_import_lightning(trained):
+    code = (
+        "import sys; from gpt_lightning.cli import run; run(['generate', '--max_new_tokens=3']);"
+        "sys.exit(any(name.split('.')[0] == 'lightning' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=trained).returncode == 0
+
+
+def test_generate_takes_newest_run_streams_stops_and_samples(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    whole = ["generate", "--max_new_tokens=60", "--prompt=To be", "--temperature=1"]
+    assert run(*whole) == 0
+    text = capsys.readouterr().out
+    assert run(*whole, "--stream") == 0
+    assert capsys.readouterr().out == text
+    stop = text[len("To be") + 10]
+    assert run(*whole, "--stop", stop) == 0
+    assert capsys.readouterr().out == text[: text.index(stop, len("To be")) + 1] + "\n"
+    assert run(*whole, "--num_samples=3") == 0
+    out = capsys.readouterr().out
+    assert out.count("To be") == 3 and "--- 3 of 3 ---" in out
+
+
+def test_generate_reads_its_prompt_from_a_file_or_stdin(trained, cli, tmp_path):
+    (tmp_path / "prompt.txt").write_text("that is\r\nthe", newline="")
+    flags = ["generate", "--max_new_tokens=5", "--root", trained]
+    assert cli(*flags, "--prompt_file", tmp_path / "prompt.txt").stdout.startswith("that is\nthe")
+    piped = subprocess.run(
+        [sys.executable, "-m", "gpt_lightning", *map(str, flags), "--prompt_file=-"],
+        input="whether",
+        capture_output=True,
+        text=True,
+    )
+    assert piped.stdout.startswith("whether") and len(piped.stdout) == len("whether") + 6
+
+
+@pytest.mark.parametrize(
+    "name, text, prompt",
+    [
+        ("chinese", "春眠不觉晓,处处闻啼鸟。夜来风雨声,花落知多少。\n" * 40, "春眠"),
+        ("emoji and marks", "a\u0301 nai\u0308ve 👩‍👩‍👧 family 🏳️‍🌈 e\u0323\u0302\n" * 40, "👩‍👩‍👧"),
+        ("windows line ends", "one line\r\nand another\r\n" * 60, "one line\r\nand"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_any_language_trains_and_generates(
+    name, text, prompt, tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+    flags = [f"--data.tokenizer={tokenizer}", *QUICK, "--data.val_fraction=0.2"]
+    assert run("fit", "--data.corpus=text.txt", *flags) == 0
+    capsys.readouterr()
+    assert run("generate", "--prompt_file=prompt.txt", "--max_new_tokens=30") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(prompt.replace("\r\n", "\n")) and len(out) > len(prompt)
+    if tokenizer == "char":
+        assert set(out) <= set(text.replace("\r\n", "\n"))
+        assert unicodedata.normalize("NFC", text) != text or name != "emoji and marks"
+
+
+def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = sorted(p.name for p in (trained / "lightning_logs").iterdir())
+    assert run("validate", "--ckpt_path=last") == 0
+    assert "val/loss" in capsys.readouterr().out
+    assert run("test", "--ckpt_path=last") == 0
+    assert "test/loss" in capsys.readouterr().out
+    assert run("predict", "--ckpt_path=last") == 0
+    assert run("predict", "--ckpt_path=last") == 0  # beside the first, not over it
+    with np.load("predictions.npz") as one, np.load("predictions-1.npz") as two:
+        assert np.array_equal(one["nats"], two["nats"])
+        nats = one["nats"].mean()
+    saved = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    kept = next(v for k, v in saved["callbacks"].items() if "BestAndLast" in k)
+    assert kept["best_step"] == 4 and nats == pytest.approx(kept["best_val_loss"], abs=1e-5)
+    assert sorted(p.name for p in (trained / "lightning_logs").iterdir()) == before
+
+
+def test_validate_takes_another_text_in_the_same_vocabulary(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    (trained / "other.txt").write_text("that is the mind: to be the question\n" * 20)
+    assert run("validate", "--data.corpus=other.txt") == 0
+    (trained / "odd.txt").write_text("that is the WEIRD mind\n" * 40)
+    assert run("validate", "--data.corpus=odd.txt") == 2
+    assert "'W' (U+0057" in capsys.readouterr().err
+    assert run("validate", "--data.corpus=odd.txt", "--data.unknown=drop") == 0
+
+
+def test_help_names_every_flag_that_people_type(capsys):
+    assert run("fit", "--help") == 0
+    text = capsys.readouterr().out
+    for (
+        flag
+    ) in """--data.corpus --data.tokenizer --data.block_size --data.batch_size --data.sampling
+        --data.split --data.num_workers --model.n_layer --model.n_head --model.n_embd
+        --model.dropout --model.bias --model.learning_rate --model.weight_decay
+        --model.warmup_steps --checkpoint.every_n_train_steps --sample.prompt --seed_everything
+        --trainer.max_steps --ckpt_path --config""".split():
+        assert flag in text, flag
+    assert "attention heads in each block" in text  # fields are described, though written once
+    assert run("--help") == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_saved_config_reproduces_the_run(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained / "text.txt", tmp_path / "text.txt")
+    assert run("fit", "--config", trained / "lightning_logs/version_0/config.yaml") == 0
+    one, two = (
+        torch.load(f / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+        for f in (trained, tmp_path)
+    )
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name])
+
+
+def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", "--data.corpus=playwright:3:9000", *QUICK, "--trainer.fast_dev_run=2") == 0
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -1,0 +1,237 @@
+"""The LightningModule under a real Trainer, against the definition of what it logs."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+
+from gpt_lightning import GPTModule, TextDataModule
+from gpt_lightning.training.callbacks import RunLog
+from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast
+
+TEXT = "".join(f"{i} times {i} is {i * i};\n" for i in range(200))
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+
+    def make(**settings) -> TextDataModule:
+        return TextDataModule(str(path), **{"block_size": 8, "batch_size": 4, **settings})
+
+    return make
+
+
+def module(data: TextDataModule, **settings) -> GPTModule:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": data.vocab_size, "block_size": data.hparams.block_size}
+    return GPTModule(**{**sizes, **SMALL, **settings})
+
+
+def trainer(**settings) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    still = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "max_epochs": -1}
+    return Trainer(accelerator="cpu", **{**quiet, **still, **settings})
+
+
+class Watch(Callback):
+    """Keeps what each step was trained on and at which learning rate."""
+
+    def __init__(self):
+        self.lrs, self.batches = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.batches.append(batch)
+
+
+def test_learning_rates_are_these_through_a_real_trainer(data):
+    watch, dm = Watch(), data()
+    model = module(dm, learning_rate=1.0, min_lr=0.2, warmup_steps=3)
+    trainer(max_steps=8, callbacks=[watch], limit_val_batches=0).fit(model, dm)
+    falling = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]
+    assert watch.lrs == pytest.approx([0.25, 0.5, 0.75, *falling])
+
+
+def test_warmup_longer_than_the_run_just_rises(data):
+    watch, dm = Watch(), data()
+    model = module(dm, learning_rate=1.0, warmup_steps=9)
+    trainer(max_steps=4, callbacks=[watch], limit_val_batches=0).fit(model, dm)
+    assert watch.lrs == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_schedule_of_a_run_measured_in_epochs_ends_with_it(data):
+    watch, dm = Watch(), data()
+    model = module(dm, learning_rate=1.0, min_lr=0.0, warmup_steps=0)
+    trainer(max_epochs=2, callbacks=[watch], limit_val_batches=0).fit(model, dm)
+    steps = 2 * dm.batches_per_epoch()
+    assert len(watch.lrs) == steps
+    assert watch.lrs[steps // 2] == pytest.approx(0.5, abs=0.02)
+    assert watch.lrs[-1] < 0.001
+
+
+@pytest.mark.parametrize("split", ["tail", "blocks"])
+@pytest.mark.parametrize("batch_size", [3, 7])
+def test_validation_loss_is_exact(data, split, batch_size):
+    dm = data(split=split, batch_size=batch_size, val_fraction=0.3)
+    model = module(dm, dropout=0.5)
+    t = trainer()
+    (found,) = t.validate(model, dm, verbose=False)
+    nats, count = 0.0, 0
+    model.eval()
+    for start, stop in dm.val_spans:  # window by window, token by token
+        text = torch.tensor(dm.tokens[start:stop].astype("int64"))
+        for at in range(0, len(text) - 1, 8):
+            x, y = text[at : at + 8][: len(text) - 1 - at], text[at + 1 : at + 9]
+            logits = model(x[None])[0].double()
+            for t_, target in enumerate(y):
+                nats -= F.log_softmax(logits[t_], dim=-1)[target].item()
+                count += 1
+    assert count == sum(stop - start - 1 for start, stop in dm.val_spans)
+    assert found["val/loss"] == pytest.approx(nats / count, abs=1e-6)
+    assert found["val/bpc"] == pytest.approx(nats / count / math.log(2), abs=1e-6)
+
+
+def test_validation_loss_of_bytes_is_told_per_character(data, tmp_path):
+    (tmp_path / "text.txt").write_text("zwölf Boxkämpfer jagen Viktor über den Sylter Deich\n" * 40)
+    dm = data(tokenizer="byte")
+    model = module(dm)
+    (found,) = trainer().validate(model, dm, verbose=False)
+    held_out = bytes(dm.tokens[dm.val_spans[0][0] + 1 :])
+    characters = len(held_out.decode("utf-8", "ignore"))
+    per_byte = sum(
+        model.loss(batch, reduction="sum").item() for batch in dm.val_dataloader()
+    ) / len(held_out)
+    assert characters < len(held_out)
+    expected = per_byte * len(held_out) / characters
+    assert found["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lectures_estimator_is_the_mean_of_random_batches(data):
+    dm = data()
+    model = module(dm, eval_iters=200)
+    (found,) = trainer().validate(model, dm, verbose=False)
+    assert found["estimate/val"] == pytest.approx(found["val/loss"], abs=0.02)
+    assert found["estimate/val"] != found["val/loss"]
+    assert found["estimate/train"] == pytest.approx(found["val/loss"], abs=0.2)
+
+
+def test_bf16_trains_in_bf16_and_validates_in_fp32(data):
+    dm = data()
+    model = module(dm)
+    seen = {}
+
+    def look(head, x, out):
+        seen["train" if head.training else "val"] = out.dtype
+
+    model.net.lm_head.register_forward_hook(look)
+    trainer(precision="bf16-mixed", max_steps=2, val_check_interval=2,
+            check_val_every_n_epoch=None).fit(model, dm)  # fmt: skip
+    assert seen == {"train": torch.bfloat16, "val": torch.float32}
+
+
+def test_logged_train_loss_and_grad_norm_are_those_of_the_step(data):
+    class Keep(RunLog):
+        def write(self, trainer, module):
+            kept.append((float(self.loss), float(module.grad_norm)))
+
+    kept, watch = [], Watch()
+    dm = data()
+    model = module(dm, warmup_steps=0, learning_rate=0.0)  # weights stand still
+    model.configure_callbacks = lambda: [Keep()]
+    trainer(max_steps=3, log_every_n_steps=1, gradient_clip_val=0.01, callbacks=[watch],
+            limit_val_batches=0, accumulate_grad_batches=2).fit(model, dm)  # fmt: skip
+    assert len(kept) == 3 and len(watch.batches) == 6
+    for step, (loss, norm) in enumerate(kept):
+        model.zero_grad()
+        losses = [model.loss(batch) for batch in watch.batches[2 * step : 2 * step + 2]]
+        mean = sum(losses) / 2
+        mean.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert loss == pytest.approx(mean.item(), abs=1e-5)
+        assert norm == pytest.approx(grads.norm().item(), rel=1e-4)  # before clipping
+
+
+def test_accumulating_twice_half_a_batch_is_one_batch(data):
+    results = []
+    for batch_size, accumulate in ((8, 1), (4, 2)):
+        dm = data(batch_size=batch_size)
+        model = module(dm)
+        trainer(max_steps=10, limit_val_batches=0, accumulate_grad_batches=accumulate).fit(
+            model, dm
+        )
+        results.append(model.state_dict())
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_overfitting_one_batch_learns_it_by_heart(data):
+    watch, dm = Watch(), data(overfit_batches=1)
+    model = module(dm, learning_rate=1e-2, warmup_steps=5, lr_decay_steps=0)
+    trainer(max_steps=200, callbacks=[watch], limit_val_batches=0).fit(model, dm)
+    assert all(torch.equal(x, watch.batches[0][0]) for x, _ in watch.batches)
+    # what is left is not knowing how a window that begins anywhere goes on
+    assert model.loss(watch.batches[0]).item() < 0.35
+
+
+def test_compile_keeps_the_names_of_the_weights(data):
+    dm = data()
+    plain, compiled = module(dm), module(dm, compile=True)
+    compiled.configure_model()
+    assert compiled.net._compiled_call_impl is not None
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+def test_plain_trainer_saves_what_generate_reads(data, tmp_path):
+    dm = data()
+    model = module(dm)
+    t = trainer(max_steps=5, limit_val_batches=0, plugins=[AtomicCheckpointIO()])
+    t.fit(model, dm)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["gpt_lightning"]["model"]["n_embd"] == 16
+    loaded = GPTModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+    from gpt_lightning import Writer
+
+    text = Writer.load(tmp_path / "a.ckpt").write("12 times", max_new_tokens=20, seed=3)[0]
+    assert text.startswith("12 times") and len(text) == 28
+
+
+def test_a_run_does_not_overwrite_anothers_checkpoints(data, tmp_path):
+    dm = data()
+    keep = {"enable_checkpointing": True, "limit_val_batches": 0, "default_root_dir": tmp_path}
+    trainer(max_steps=2, callbacks=[BestAndLast()], **keep).fit(module(dm), dm)
+    before = (tmp_path / "checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match="earlier run's checkpoints"):
+        trainer(max_steps=2, callbacks=[BestAndLast()], **keep).fit(module(dm), dm)
+    assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"a": lambda: None}, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("learning_rate", -1.0), ("warmup_steps", -1), ("beta1", 1.0), ("weight_decay", math.nan),
+     ("eval_iters", -5), ("name", "gtp")],
+)  # fmt: skip
+def test_impossible_settings_are_named_in_one_line(flag, value):
+    with pytest.raises(ValueError, match=f"--model.{flag}=") as error:
+        GPTModule(vocab_size=5, block_size=8, **{flag: value})
+    assert "\n" not in str(error.value)
