@@ -74,7 +74,7 @@ class GPTCLI(LightningCLI):
     def __init__(self, argv: list[str]):
         self.argv = argv
         self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
-        commands = {name: text for name, text in COMMANDS.items() if name != "generate"}
+        command = argv[0]
         super().__init__(
             GPTModule,
             TextDataModule,
@@ -85,15 +85,17 @@ class GPTCLI(LightningCLI):
                 "prog": HOW,
                 "exit_on_error": False,
                 "allow_abbrev": False,
-                **{
-                    name: {"exit_on_error": False, "description": text}
-                    for name, text in commands.items()
-                },
+                command: {"exit_on_error": False, "description": COMMANDS[command]},
             },
             auto_configure_optimizers=False,
         )
 
     # flags
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Only the command that is run: to build the parsers of all four takes a while."""
+        command = self.argv[0]
+        return {command: super().subcommands()[command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BestAndLast, "checkpoint")

@@ -182,6 +182,10 @@ def test_tinyshakespeare_offline_says_which_file_to_put_where(tmp_path, refused,
         ("--model.learning_rate=nan", ["expected float"]),
         ("--model.weight_decay=-1", ["must be 0 or more"]),
         ("--model.warmup_steps=-1", ["must be 0 or more"]),
+        ("--model.min_lr=-1", ["must be 0 or more"]),
+        ("--model.lr_decay_steps=-1", ["must be 0 or more"]),
+        ("--model.init_std=-1", ["must be 0 or more"]),
+        ("--sample.top_k=0", ["must be at least 1"]),
         ("--model.name=gtp", ["expected 'lecture', 'bigram'"]),
         ("--checkpoint.every_n_train_steps=-1", ["must be 0 or more"]),
         ("--sample.every_n_steps=-1", ["must be 0 or more"]),
@@ -230,7 +234,7 @@ def test_a_sample_prompt_with_an_unknown_character(refused):
 
 
 def test_a_sample_temperature_below_0(refused):
-    refused([*FIT, "--sample.temperature=-1"], "temperature=-1.0 must be 0 or more")
+    refused([*FIT, "--sample.temperature=-1"], "--sample.temperature=-1.0 must be 0 or more")
 
 
 @pytest.mark.skipif(

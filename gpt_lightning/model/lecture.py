@@ -56,6 +56,8 @@ class LectureConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--model.dropout={self.dropout} must lie in [0, 1)")
+        if self.init_std is not None and not 0 <= self.init_std < float("inf"):
+            raise ValueError(f"--model.init_std={self.init_std} must be 0 or more")
 
 
 class MultiHeadAttention(nn.Module):

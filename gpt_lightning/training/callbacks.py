@@ -121,7 +121,10 @@ class GenerateText(Callback):
             raise ValueError(f"--sample.max_new_tokens={max_new_tokens} must be at least 1")
         self.every_n_steps, self.prompt = every_n_steps, prompt
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.sampling = Sampling(temperature, top_k)
+        try:
+            self.sampling = Sampling(temperature, top_k)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--", "--sample.", 1)) from error
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage == "fit" and module.data is not None:

@@ -71,11 +71,15 @@ class GPTModule(LightningModule):
         **architecture,
     ):
         super().__init__()
-        for flag, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        for flag, value in (
+            ("learning_rate", learning_rate),
+            ("min_lr", min_lr or 0),
+            ("weight_decay", weight_decay),
+            ("warmup_steps", warmup_steps),
+            ("lr_decay_steps", lr_decay_steps or 0),
+            ("eval_iters", eval_iters),
+        ):
             if not 0 <= value < math.inf:
-                raise ValueError(f"--model.{flag}={value} must be 0 or more")
-        for flag, value in (("warmup_steps", warmup_steps), ("eval_iters", eval_iters)):
-            if value < 0:
                 raise ValueError(f"--model.{flag}={value} must be 0 or more")
         for flag, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
