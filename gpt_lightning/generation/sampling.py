@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 
+TINY = torch.finfo(torch.float32).tiny  # below it a temperature would be 0 in float32
+
+
 @dataclass
 class Sampling:
     """How the next token is chosen from the model's logits.
@@ -50,7 +53,7 @@ class Sampling:
             probs[:, 0] = 1.0
         else:
             # subtracting the largest first: a tiny temperature must not overflow
-            scaled = (ordered - ordered[:, :1]) / self.temperature
+            scaled = (ordered - ordered[:, :1]) / max(self.temperature, TINY)
             if self.top_k is not None:
                 scaled[:, self.top_k :] = -torch.inf
             probs = torch.softmax(scaled, dim=-1)

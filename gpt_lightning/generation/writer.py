@@ -110,6 +110,6 @@ class Writer:
 
     def _line_start(self) -> list[int]:
         try:
-            return self.tokenizer.encode("\n").tolist()
+            return self.tokenizer.encode("\n").tolist() or [0]
         except ValueError:
             return [0]
