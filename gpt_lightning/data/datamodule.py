@@ -227,8 +227,9 @@ class TextDataModule(LightningDataModule):
         return self._loader(TrainBatches(self, length), self.hparams.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        # Without gradients a batch needs a fraction of the memory, and larger ones are faster.
-        batch_size = max(self.hparams.batch_size, 8192 // self.hparams.block_size)
+        # Without gradients memory is no limit: as much as fills a GPU, or a CPU's caches.
+        tokens = 1 << 11 if self.trainer.strategy.root_device.type == "cpu" else 1 << 16
+        batch_size = max(self.hparams.batch_size, tokens // self.hparams.block_size)
         sampler = ExactBatches(self.val_spans, self.hparams.block_size, batch_size, self.trainer)
         return self._loader(sampler, num_workers=0)
 
