@@ -20,15 +20,16 @@ HOW = "python -m gpt_lightning"
 
 
 def describe(
-    model: dict[str, Any], tokenizer: dict[str, Any], corpus: str, corpus_sha256: str
+    model: dict[str, Any], tokenizer: dict[str, Any], corpus: dict[str, Any]
 ) -> dict[str, Any]:
-    """The entry under KEY: `model` settings, `tokenizer` state and the corpus, plain types only."""
-    return {
-        "format": FORMAT,
-        "model": model,
-        "tokenizer": tokenizer,
-        "corpus": {"name": corpus, "sha256": corpus_sha256},
-    }
+    """The entry under KEY, plain types only.
+
+    Args:
+        model: settings that `build_model` takes.
+        tokenizer: its state.
+        corpus: name, sha256, and how it was split: split, val_fraction.
+    """
+    return {"format": FORMAT, "model": model, "tokenizer": tokenizer, "corpus": corpus}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -145,6 +146,13 @@ def refuse_mismatch(
             f"trained on ({entry['corpus']['name']}), or that text has changed since; "
             "train anew without --ckpt_path"
         )
+    for name in ("split", "val_fraction"):
+        theirs, mine = entry["corpus"][name], ours["corpus"][name]
+        if corpus and theirs != mine:
+            raise ValueError(
+                f"--data.{name}={mine} would train on text that --ckpt_path={path} held out with "
+                f"{name}={theirs}; leave the flag away, or train anew without --ckpt_path"
+            )
     if entry["tokenizer"] != ours["tokenizer"]:
         raise ValueError(
             f"the vocabulary of this text ({ours['tokenizer']['kind']}, "

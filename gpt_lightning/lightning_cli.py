@@ -5,7 +5,6 @@ defaults, which flags override; a resumed run stays in its folder; mistakes end 
 """
 
 import logging
-import math
 import re
 import time
 import warnings
@@ -19,6 +18,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.checkpoint import (
@@ -35,6 +35,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.training.callbacks import GenerateText, RunBar
 from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast, Interrupted
 from gpt_lightning.training.lightning_module import GPTModule
+from gpt_lightning.training.report import closing_table, introduction
 
 DEFAULTS = {
     "max_steps": 2000,
@@ -63,7 +64,8 @@ def run_trainer(argv: list[str]) -> int:
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except Interrupted as stop:
-        print(f"{stop}\nGo on with: {HOW} fit --ckpt_path={stop.path}", flush=True)
+        if rank_zero_only.rank == 0:
+            print(f"{stop}\nGo on with: {HOW} fit --ckpt_path={stop.path}", flush=True)
         return 128 + stop.signum
     return 0
 
@@ -205,7 +207,7 @@ class GPTCLI(LightningCLI):
         self._refuse_what_fails_later()
         if self.trainer.is_global_zero:
             self._keep_config()
-            print(introduction(self.model, self.datamodule, self.trainer), flush=True)
+            print(introduction(self.trainer, self.model, self.datamodule), flush=True)
 
     def _refuse_what_fails_later(self) -> None:
         """Raise a ValueError for what would fail or do nothing once the run's folder is made."""
@@ -336,58 +338,3 @@ def explain(message: str, argv: list[str], flags: Any) -> str:
     if "Unexpected config:" in message:
         return f"{where}no mapping of settings, such as  model: {{n_layer: 6}}"
     return where + message
-
-
-def introduction(model: GPTModule, data: TextDataModule, trainer: Trainer) -> str:
-    """What is about to be trained on what, in three lines."""
-    sizes = [sum(stop - start for start, stop in s) for s in (data.train_spans, data.val_spans)]
-    config = model.net.config
-    shape = (
-        ""
-        if model.hparams.name == "bigram"
-        else f", {config.n_layer} layers x {config.n_embd}, {config.n_head} heads"
-    )
-    parameters = sum(p.numel() for p in model.parameters())
-    hp = data.hparams
-    folder = trainer.logger.log_dir if trainer.logger else "no log"
-    return (
-        f"text   {data.corpus.name}: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out, "
-        f"vocabulary {data.vocab_size}\n"
-        f"model  {model.hparams.name}{shape}, block {hp.block_size}: {parameters:,} parameters\n"
-        f"run    {folder} on {trainer.strategy.root_device.type} x {trainer.world_size}, batch "
-        f"{hp.batch_size} x {hp.block_size}"
-    )
-
-
-def closing_table(trainer: Trainer, model: GPTModule, seconds: float, first_step: int) -> str:
-    """What came of the run."""
-    data, metrics, steps = model.data, trainer.callback_metrics, trainer.global_step
-    keeper = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast))
-    a_step = data.hparams.batch_size * data.hparams.block_size * trainer.world_size
-    a_step *= trainer.accumulate_grad_batches
-    rows = [
-        ("steps", f"{steps:,}" + (f" (from {first_step:,})" if first_step else "")),
-        ("time", f"{seconds:.1f} s, validation and samples included"),
-        (
-            "tokens seen",
-            f"{steps * a_step:,} ({steps * a_step / len(data.tokens) / 0.9:.1f} epochs)",
-        ),
-    ]
-    if "val/loss" in metrics:
-        final, best = float(metrics["val/loss"]), keeper.best_val_loss
-        bits = float(metrics["val/bpc"])
-        rows += [
-            ("final val loss", f"{final:.4f} nats per character ({bits:.4f} bits)"),
-            (
-                "best val loss",
-                f"{best:.4f} nats ({best / math.log(2):.4f} bits), step {keeper.best_step:,}",
-            ),
-        ]
-        if data.val_floor is not None:
-            rows.append(
-                ("the floor", f"{data.val_floor:.4f} nats: {final - data.val_floor:.4f} to go")
-            )
-    rows.append(("checkpoints", str(keeper.folder)))
-    rows.append(("write with it", f'{HOW} generate --ckpt_path={keeper.last_path} --prompt "..."'))
-    width = max(len(name) for name, _ in rows)
-    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -484,6 +484,11 @@ def test_going_on_with_another_text(here, refused):
     refused([*RESUME, *flags], *parts)
 
 
+@pytest.mark.parametrize("flag", ["--data.split=blocks", "--data.val_fraction=0.2"])
+def test_going_on_with_another_split_would_train_on_held_out_text(refused, flag):
+    refused([*RESUME, "--ckpt_path=last", flag], flag, "held out with", "without --ckpt_path")
+
+
 def test_going_on_with_a_text_that_has_changed(here, refused):
     with (here / "text.txt").open("a") as file:
         file.write("more\n")

@@ -31,6 +31,7 @@ def make(tmp_path):
             world_size=world,
             global_step=step,
             accumulate_grad_batches=accumulate,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
         )
         return data
 

@@ -213,3 +213,11 @@ def test_flags_win_over_the_checkpoint_and_later_states_are_kept(uninterrupted, 
     kept = run / f"checkpoints/last-step{STEPS + 20}.ckpt"
     assert kept.read_bytes() == bytes_before
     assert checkpoint(folder)["global_step"] == best_step + 20
+
+    # a torn last.ckpt is set aside too, and stands in nobody's way
+    torn = bytes_before[: len(bytes_before) // 2]
+    (run / "checkpoints/last.ckpt").write_bytes(torn)
+    fit(folder, "fit", "--ckpt_path=lightning_logs/version_0/checkpoints/mine.ckpt",
+        f"--trainer.max_steps={best_step + 20}")  # fmt: skip
+    assert (run / "checkpoints/last-unreadable.ckpt").read_bytes() == torn
+    assert checkpoint(folder)["global_step"] == best_step + 20

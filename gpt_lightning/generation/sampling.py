@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 TINY = torch.finfo(torch.float32).tiny  # below it a temperature would be 0 in float32
 
 

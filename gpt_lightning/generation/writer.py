@@ -42,8 +42,6 @@ class Writer:
             ValueError: in one line, if the file is none of ours, or torn.
         """
         checkpoint = read_checkpoint(path)
-        entry = checkpoint[KEY]
-        model = build_model(**entry["model"])
         prefix = "net."  # the attribute of the LightningModule that holds the model
         weights = {
             name.removeprefix(prefix): tensor
@@ -51,10 +49,15 @@ class Writer:
             if name.startswith(prefix)
         }
         try:
+            entry = checkpoint[KEY]
+            model = build_model(**entry["model"])
             model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"--ckpt_path={path}: its weights are not of its model") from error
-        return cls(model.to(device).eval(), tokenizer_from_state(entry["tokenizer"], unknown))
+            tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
+        except (LookupError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"--ckpt_path={path}: what it says of its model does not fit its weights"
+            ) from error
+        return cls(model.to(device).eval(), tokenizer)
 
     def stream(
         self,

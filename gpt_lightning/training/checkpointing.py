@@ -1,5 +1,6 @@
 """Lightning's side of checkpoints: written whole or not at all, the best and the last kept."""
 
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.training.callbacks import stepped
@@ -115,20 +117,25 @@ class BestAndLast(Checkpoint):
         for path in (self.last_path, self.best_path):
             if not path.exists() or path.resolve() == Path(trainer.ckpt_path).resolve():
                 continue
-            step = read_checkpoint(path)["global_step"]
-            kept = path.with_name(f"{path.stem}-step{step}.ckpt")
-            if step > trainer.global_step and not kept.exists():
+            try:
+                step = read_checkpoint(path)["global_step"]
+                label = f"step{step}"
+            except ValueError:
+                step, label = math.inf, "unreadable"  # not ours to throw away
+            if step > trainer.global_step:
+                kept, n = path.with_name(f"{path.stem}-{label}.ckpt"), 1
+                while kept.exists():
+                    kept, n = path.with_name(f"{path.stem}-{label}-{n}.ckpt"), n + 1
                 os.replace(path, kept)
-                print(
-                    f"Going on from step {trainer.global_step}; the later {path.name} is now {kept}"
-                )
+                print(f"Going on from step {trainer.global_step}; {path.name} is kept as {kept}")
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self.signum is not None:
             self._restore_handlers()
             signal.raise_signal(signum)
         self.signum = signum
-        sys.stderr.write("\nStopping after this step; once more to stop at once.\n")
+        if rank_zero_only.rank == 0:
+            sys.stderr.write("\nStopping after this step; once more to stop at once.\n")
 
     def _restore_handlers(self) -> None:
         for signum, handler in self.old_handlers.items():

@@ -232,7 +232,13 @@ class GPTModule(LightningModule):
     def describe(self, data: TextDataModule) -> dict[str, Any]:
         """What makes a checkpoint self-contained; see `checkpoint.describe`."""
         settings = model_settings(self.hparams.name, self.net)
-        return describe(settings, data.tokenizer.state(), data.corpus.name, data.corpus_sha256)
+        corpus = {
+            "name": data.corpus.name,
+            "sha256": data.corpus_sha256,
+            "split": data.hparams.split,
+            "val_fraction": data.hparams.val_fraction,
+        }
+        return describe(settings, data.tokenizer.state(), corpus)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.data is not None:

@@ -1,0 +1,70 @@
+"""What a run says to the person who started it: what it is about to do, and what came of it."""
+
+import math
+
+from lightning.pytorch import Trainer
+
+from gpt_lightning.checkpoint import HOW
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.training.checkpointing import BestAndLast
+from gpt_lightning.training.lightning_module import GPTModule
+
+
+def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule) -> str:
+    """Text, model and run, in a line each."""
+    train, val = (
+        sum(stop - start for start, stop in spans) for spans in (data.train_spans, data.val_spans)
+    )
+    config, hp = model.net.config, data.hparams
+    shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
+    shape = "" if model.hparams.name == "bigram" else shape
+    parameters = sum(p.numel() for p in model.parameters())
+    folder = trainer.logger.log_dir if trainer.logger else "no log"
+    device = trainer.strategy.root_device.type
+    return (
+        f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} held out, "
+        f"vocabulary {data.vocab_size}\n"
+        f"model  {model.hparams.name}, {shape}block {hp.block_size}: {parameters:,} parameters\n"
+        f"run    {folder} on {device} x {trainer.world_size}, "
+        f"batch {hp.batch_size} x {hp.block_size}"
+    )
+
+
+def closing_table(trainer: Trainer, model: GPTModule, seconds: float, first_step: int) -> str:
+    """Steps, time, text seen, losses, distance to the floor, checkpoints, and how to go on.
+
+    Args:
+        trainer: after `fit`.
+        model: the one it trained.
+        seconds: how long `fit` took.
+        first_step: the step that this run went on from; 0 for a new one.
+    """
+    data, metrics, steps = model.data, trainer.callback_metrics, trainer.global_step
+    keeper = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast))
+    windows = steps * data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    seen, epochs = windows * data.hparams.block_size, windows / len(data.windows)
+    began = f" ({first_step:,} of them before)" if first_step else ""
+    rows = [
+        ("steps", f"{steps:,}{began}"),
+        ("time", f"{seconds:.1f} s, validation and samples included"),
+        ("characters seen", f"{seen:,} ({epochs:.1f} epochs)"),
+    ]
+    if data.tokenizer.kind != "char":
+        rows[-1] = ("tokens seen", rows[-1][1])
+    if "val/loss" in metrics:
+        final, best = float(metrics["val/loss"]), keeper.best_val_loss
+        rows += [
+            ("final val loss", f"{final:.4f} nats per character ({final / math.log(2):.4f} bits)"),
+            (
+                "best val loss",
+                f"{best:.4f} nats ({best / math.log(2):.4f} bits), step {keeper.best_step:,}",
+            ),
+        ]
+        if data.val_floor is not None:
+            away = final - data.val_floor
+            rows.append(("the floor", f"{data.val_floor:.4f} nats: {away:.4f} above it"))
+    path = keeper.best_path if keeper.best_path.exists() else keeper.last_path
+    rows.append(("checkpoints", str(keeper.folder)))
+    rows.append(("write with it", f'{HOW} generate --ckpt_path={path} --prompt "..."'))
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
