@@ -72,7 +72,7 @@ class BestAndLast(Checkpoint):
         ValueError: if the folder already holds another run's checkpoints.
     """
 
-    def __init__(self, every_n_train_steps: int = 250):
+    def __init__(self, every_n_train_steps: int = 300):
         if every_n_train_steps < 0:
             raise ValueError(
                 f"--checkpoint.every_n_train_steps={every_n_train_steps} must be 0 or more"

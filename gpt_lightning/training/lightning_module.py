@@ -35,7 +35,7 @@ class GPTModule(LightningModule):
         block_size: T, the longest context; from the data module.
         name: `lecture` (the lecture's final GPT) or `bigram` (its baseline, which ignores the
             sizes below).
-        learning_rate: AdamW's, at its peak.
+        learning_rate: AdamW's, at its peak; larger models want less.
         min_lr: the learning rate that the cosine ends at; a tenth of learning_rate unless given.
         warmup_steps: steps over which the learning rate rises.
         lr_decay_steps: the step at which it arrives at min_lr; the run's last unless given. 0
@@ -58,7 +58,7 @@ class GPTModule(LightningModule):
         vocab_size: int,
         block_size: int,
         name: Literal["lecture", "bigram"] = "lecture",
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         min_lr: float | None = None,
         warmup_steps: int = 100,
         lr_decay_steps: int | None = None,
