@@ -19,6 +19,17 @@ def stepped(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
+# TensorBoard's tab "custom scalars": what belongs together in one chart
+CHARTS = {
+    "loss": {"nats per character": ["Multiline", ["train/loss", "val/loss", "val/floor"]]},
+    "step": {
+        "learning rate": ["Multiline", ["lr"]],
+        "gradient norm": ["Multiline", ["grad_norm"]],
+        "characters per second": ["Multiline", ["chars_per_second"]],
+    },
+}
+
+
 class RunLog(Callback):
     """Writes `train/loss` (nats per token, mean over processes and micro-steps), `lr`, `grad_norm`
     and `chars_per_second` (training alone, all processes) every `log_every_n_steps` steps.
@@ -35,6 +46,8 @@ class RunLog(Callback):
         self.since = time.perf_counter()
         for logger in trainer.loggers:
             logger.log_hyperparams(settings(module))
+            if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0:
+                logger.experiment.add_custom_scalars(CHARTS)
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training. It goes on with the next batch."""
@@ -80,7 +93,7 @@ class RunLog(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and best < math.inf:
                 # settings beside the best loss: a row in TensorBoard's table of runs
-                metrics = {"best_val_loss": best}
+                metrics = {"val/best": best}
                 logger.log_hyperparams(settings(module), metrics, step=trainer.global_step)
 
 
