@@ -6,13 +6,12 @@ GPT_LIGHTNING_DEBUG=1 to see the traceback behind it.
 """
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from gpt_lightning import __version__
+from gpt_lightning.messages import nearest
 
 COMMANDS = {
     "fit": "train a model, or go on with a run (--ckpt_path=last)",
@@ -64,12 +63,6 @@ def fail(error: Exception | str) -> None:
     sys.exit(2)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?` for the name nearest to a mistyped one, or nothing."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def run(argv: list[str]) -> int | None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -86,7 +79,7 @@ def run(argv: list[str]) -> int | None:
         return generate(argv[1:])
     from gpt_lightning.lightning_cli import run_trainer
 
-    return run_trainer(argv)
+    return run_trainer(argv, COMMANDS[argv[0]])
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,8 +30,8 @@ from gpt_lightning.checkpoint import (
     refuse_mismatch,
     run_folder,
 )
-from gpt_lightning.cli import COMMANDS, nearest
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.messages import nearest
 from gpt_lightning.training.callbacks import GenerateText, RunBar
 from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast, Interrupted
 from gpt_lightning.training.lightning_module import GPTModule
@@ -51,8 +51,8 @@ DEFAULTS = {
 STORED = ("seed_everything", "data", "model", "trainer", "checkpoint", "sample")
 
 
-def run_trainer(argv: list[str]) -> int:
-    """Run one of the Trainer's commands and return its exit code."""
+def run_trainer(argv: list[str], description: str) -> int:
+    """Run the Trainer's command argv[0], which `--help` describes so; returns its exit code."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -60,7 +60,7 @@ def run_trainer(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*but have no logger configured.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     try:
-        GPTCLI(argv)
+        GPTCLI(argv, description)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except Interrupted as stop:
@@ -73,7 +73,7 @@ def run_trainer(argv: list[str]) -> int:
 class GPTCLI(LightningCLI):
     """The commands, their flags, and what is done before and after each."""
 
-    def __init__(self, argv: list[str]):
+    def __init__(self, argv: list[str], description: str):
         self.argv = argv
         self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
         command = argv[0]
@@ -87,7 +87,7 @@ class GPTCLI(LightningCLI):
                 "prog": HOW,
                 "exit_on_error": False,
                 "allow_abbrev": False,
-                command: {"exit_on_error": False, "description": COMMANDS[command]},
+                command: {"exit_on_error": False, "description": description},
             },
             auto_configure_optimizers=False,
         )

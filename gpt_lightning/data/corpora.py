@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import difflib
 import hashlib
 import http.client
 import io
@@ -46,6 +45,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from gpt_lightning.messages import nearest
 
 try:
     import fcntl
@@ -280,8 +281,7 @@ def _from_path(name: str) -> Corpus:
     except OSError as error:
         raise ValueError(f"--data.corpus={shown(name)} cannot be read ({why(error)})") from error
     if mode is None:
-        near = difflib.get_close_matches(name.partition(":")[0].lower(), BUILTIN, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(name.partition(":")[0].lower(), BUILTIN)
         raise ValueError(
             f"--data.corpus={shown(name)} is not found: it takes playwright[:SEED[:CHARS]], "
             f"tinyshakespeare, an http:// or https:// URL, or the path of a file or folder{hint}"

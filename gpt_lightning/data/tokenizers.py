@@ -8,11 +8,12 @@ keeps, `tokenizer_from_state` makes the same tokenizer from it again.
 from __future__ import annotations
 
 import codecs
-import difflib
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+
+from gpt_lightning.messages import nearest
 
 KINDS = ("char", "byte")
 UNKNOWN = ("error", "drop", "replace")
@@ -23,8 +24,7 @@ def choose(flag: str, value: str, choices: Sequence[str]) -> str:
     """`value` if it is one of `choices`, else a ValueError that names `flag` and the nearest."""
     if value in choices:
         return value
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = nearest(str(value).lower(), choices)
     raise ValueError(f"{flag}={value!r} is not one of {', '.join(choices)}{hint}")
 
 
