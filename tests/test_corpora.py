@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gpt_lightning.data
-from gpt_lightning.data import corpora
-from gpt_lightning.data.corpora import Corpus, cache_dir, find_corpus
+from gpt_lightning.data import corpora, downloads, files
+from gpt_lightning.data.corpora import Corpus, find_corpus
+from gpt_lightning.data.files import cache_dir, write_atomically
 
 SHAKESPEARE = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
@@ -379,7 +380,7 @@ def test_the_cache_without_a_home(tmp_path, monkeypatch):
     monkeypatch.delenv("GPT_LIGHTNING_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(write(tmp_path / "no folder", "")))
-    monkeypatch.setattr(corpora.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = cache_dir()
     assert folder == cache_dir() == tmp_path / f"gpt_lightning-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -388,7 +389,7 @@ def test_the_cache_without_a_home(tmp_path, monkeypatch):
     assert not cache_dir().is_symlink() and cache_dir() != folder
 
     with monkeypatch.context() as other:
-        other.setattr(corpora.os, "getuid", lambda: folder.lstat().st_uid + 1)
+        other.setattr(files.os, "getuid", lambda: folder.lstat().st_uid + 1)
         theirs = tmp_path / f"gpt_lightning-{os.getuid()}"
         theirs.mkdir()
         assert cache_dir() != theirs
@@ -396,7 +397,7 @@ def test_the_cache_without_a_home(tmp_path, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(corpora.Path, "home", homeless)
+    monkeypatch.setattr(files.Path, "home", homeless)
     assert cache_dir().is_dir()
 
 
@@ -415,12 +416,12 @@ def test_a_cache_that_cannot_be_used(stub, shakespeare, cache):
 
 def test_an_error_leaves_the_old_file(tmp_path):
     path = write(tmp_path / "file", "old")
-    with pytest.raises(KeyError), corpora.write_atomically(path) as file:
+    with pytest.raises(KeyError), write_atomically(path) as file:
         file.write(b"new")
         raise KeyError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with path.open() as reader:
-        with corpora.write_atomically(path) as file:
+        with write_atomically(path) as file:
             file.write(b"new")
             assert path.read_text() == "old"
         assert reader.read() == "old"
@@ -655,7 +656,7 @@ def test_redirects(site, cache, tmp_path):
 def test_no_redirect_leaves_https(old, new):
     def follow():
         request = urllib.request.Request(f"{old}://host/text", headers={"Range": "bytes=5-"})
-        handler = corpora._Redirects()
+        handler = downloads._Redirects()
         return handler.redirect_request(request, None, 302, "Found", {}, f"{new}://host/new")
 
     if (old, new) == ("https", "http"):

@@ -142,6 +142,8 @@ def test_resume_after_sigkill_gives_identical_weights_and_curves(workers, uninte
     flags = [*FIT, f"--data.num_workers={workers}"]
     assert kill_within(folder, workers, signal.SIGKILL, *flags) == -signal.SIGKILL
     assert checkpoint(folder)["global_step"] < STEPS
+    orphan = folder / "lightning_logs/version_0/checkpoints/.last.ckpt.0123456789abcdef.tmp"
+    orphan.write_bytes(b"a save cut short")
     fit(folder, "fit", "--ckpt_path=last")
     assert_equal_runs(uninterrupted, folder)
     assert_equal_curves(uninterrupted, folder)

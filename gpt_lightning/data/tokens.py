@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_lightning.data.corpora import (
-    Corpus,
+from gpt_lightning.data.corpora import Corpus
+from gpt_lightning.data.files import (
     cache_dir,
     progress,
     remove_orphans,

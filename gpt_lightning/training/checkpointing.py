@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.data.files import remove_orphans, write_atomically
 from gpt_lightning.training.callbacks import stepped
 
 
@@ -31,21 +31,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(beside, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # the new name itself must survive a power cut too
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        with write_atomically(path) as file:
+            torch.save(checkpoint, file)
 
 
 class Interrupted(Exception):
@@ -101,7 +88,9 @@ class BestAndLast(Checkpoint):
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         if trainer.ckpt_path is not None:
             self.last_step = trainer.global_step
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self.folder.exists():
+                for name in ("last", "best"):  # a save that a kill cut short
+                    remove_orphans(self.folder, f"{name}.ckpt", age=0)
                 self._keep_later(trainer)
         elif self.last_path.exists() or self.best_path.exists():
             raise ValueError(
