@@ -81,13 +81,17 @@ class GPTCLI(LightningCLI):
             GPTModule,
             TextDataModule,
             save_config_callback=None,  # see _keep_config
-            trainer_defaults={**DEFAULTS, "callbacks": [RunBar()]},
+            trainer_defaults={"callbacks": [RunBar()]},  # and DEFAULTS, as flags
             seed_everything_default=1337,
             parser_kwargs={
                 "prog": HOW,
                 "exit_on_error": False,
                 "allow_abbrev": False,
-                command: {"exit_on_error": False, "description": description},
+                command: {
+                    "exit_on_error": False,
+                    "description": description,
+                    "usage": f"{HOW} {command} [--config FILE ...] [--flag=value ...]",
+                },
             },
             auto_configure_optimizers=False,
         )
@@ -99,9 +103,16 @@ class GPTCLI(LightningCLI):
         command = self.argv[0]
         return {command: super().subcommands()[command]}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What people look for in `--help` first; the Trainer's many flags last."""
+        parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_lightning_class_args(GPTModule, "model")
         parser.add_lightning_class_args(GenerateText, "sample")
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # written once, by the data; see also the checkpoint, which needs no data to be read
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
         parser.link_arguments("data.block_size", "model.block_size")

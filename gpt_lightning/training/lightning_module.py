@@ -111,7 +111,9 @@ class GPTModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         hp = self.hparams
-        return adamw(self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2))
+        # fused AdamW unscales fp16 gradients itself, after they have been clipped: too late
+        fused = self.trainer.precision != "16-mixed"
+        return adamw(self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
 
     def on_train_start(self) -> None:
         # The optimizer's state came from the checkpoint with the settings of that time; those of

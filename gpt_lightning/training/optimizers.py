@@ -7,11 +7,15 @@ from torch import nn
 
 
 def adamw(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    fused: bool = True,
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: biases and norms (1-D) are not pulled to zero.
 
-    Fused where the device has it: one kernel in place of hundreds, on a CPU too.
+    `fused` is one kernel in place of hundreds, on devices that have it, the CPU among them.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -19,7 +23,7 @@ def adamw(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    fused = fused and parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
