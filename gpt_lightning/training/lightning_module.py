@@ -4,6 +4,8 @@ Legend: B batch, T time (block_size), V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -174,9 +176,18 @@ class GPTModule(LightningModule):
 
     # validation
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """fp32 and not compiled, however the model trains, so that figures can be compared.
+
+        Besides, validation's odd batch shapes would be compiled one by one, for minutes.
+        """
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.autocast(self.device.type, enabled=False), eager:
+            yield
+
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        # in fp32 whatever the precision of training, so that figures can be compared
-        with torch.autocast(self.device.type, enabled=False):
+        with self.exact():
             self.val_loss.update(self.loss(batch), weight=batch[1].numel())
 
     def on_validation_epoch_end(self) -> None:
@@ -189,7 +200,7 @@ class GPTModule(LightningModule):
 
     def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int):
         """Nats (B, T) that each next token costs, and the tokens (B, T)."""
-        with torch.autocast(self.device.type, enabled=False):
+        with self.exact():
             return self.loss(batch, reduction="none").view_as(batch[1]), batch[1]
 
     def _log_exact(self, part: str) -> None:
@@ -221,7 +232,8 @@ class GPTModule(LightningModule):
         mean = MeanMetric().to(self.device)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         for batch in data.estimator_batches(spans, self.hparams.eval_iters, rank, world):
-            mean.update(self.loss([part.to(self.device) for part in batch]))
+            with self.exact():
+                mean.update(self.loss([part.to(self.device) for part in batch]))
         return mean.compute()
 
     def log_to_loggers(self, metrics: dict[str, float]) -> None:
