@@ -8,10 +8,13 @@ imports Lightning: `generate` must start fast, and run where only torch is.
 import os
 import pickle
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gpt_lightning.model import build_config
 
 KEY = "gpt_lightning"
 FORMAT = 1  # of the entry under KEY
@@ -131,10 +134,12 @@ def refuse_mismatch(
         path: the checkpoint's, for the message.
         corpus: whether the text has to be the same too (to train on, not to validate).
     """
-    for name in sorted(entry["model"].keys() | ours["model"].keys()):
-        theirs, mine = entry["model"].get(name), ours["model"].get(name)
+    # a checkpoint from before a setting existed was trained with its default
+    stored = asdict(build_config(**entry["model"])) | {"name": entry["model"]["name"]}
+    for name in sorted(stored.keys() | ours["model"].keys()):
+        theirs, mine = stored.get(name), ours["model"].get(name)
         # what does not change the weights' shapes or meaning may differ
-        if theirs != mine and name not in ("vocab_size", "dropout", "init_std"):
+        if theirs != mine and name not in ("vocab_size", "dropout", "init_std", "fused"):
             flag = "--data.block_size" if name == "block_size" else f"--model.{name}"
             raise ValueError(
                 f"{flag}={mine} does not fit --ckpt_path={path}, whose model has {name}={theirs}; "

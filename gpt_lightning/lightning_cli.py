@@ -30,6 +30,7 @@ from gpt_lightning.checkpoint import (
     refuse_mismatch,
     run_folder,
 )
+from gpt_lightning.config_files import expand_configs
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.messages import nearest
 from gpt_lightning.training.callbacks import GenerateText, RunBar
@@ -141,7 +142,7 @@ class GPTCLI(LightningCLI):
 
     def _parse(self, parser: LightningArgumentParser, argv: list[str]) -> Namespace:
         try:
-            config = parser.parse_args(argv)
+            config = parser.parse_args(expand_configs(argv))
         except (ArgumentError, UnicodeDecodeError) as error:
             flags = self._subcommand_parsers[self.argv[0]]._option_string_actions
             raise ValueError(explain(str(error), self.argv, flags)) from error

@@ -104,7 +104,7 @@ def test_dropout_is_at_the_lecture_s_places(monkeypatch):
     oracle = oracle_of(model)
     drop = dropping(p)
 
-    def attention(q, k, v, dropout_p=0.0, is_causal=False):
+    def attention(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
         assert is_causal and dropout_p == p
         T = q.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])

@@ -1,12 +1,16 @@
 """The lecture's models: the bigram table, and the GPT that it grows into.
 
-Read it top-down with the lecture notes open. Heads are computed side by side by one fused call;
-`tests/lecture_oracle.py` keeps the lecture's list of heads, to which this is equal.
+Read it top-down with the lecture notes open. As it stands it is the lecture's final GPT; the last
+switches of `LectureConfig` take its ideas away one by one, down to the first rung of the ladder in
+`configs/lecture/`. `tests/lecture_oracle.py` keeps every rung written out as the lecture has it, a
+list of heads and all, to which this is equal.
 
 Legend: B batch, T time (at most block_size), C channels (n_embd), H heads, D head size (C / H),
 V vocabulary.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,12 @@ class LectureConfig:
             never have one, the head always does, as in the lecture.
         init_std: standard deviation of the initial weights: 0.02 is what the lecture's author
             recommends after it; null leaves torch's own initialisation, as the lecture typed it.
+        scaled: scores are divided by the root of the head size.
+        ffwd: width of the feed-forward in multiples of n_embd; 0 leaves it out.
+        residual: attention and feed-forward add to what was there, and do not replace it.
+        proj: output projections behind the heads and behind the feed-forward's ReLU.
+        norm: LayerNorm before attention and feed-forward, and before the head.
+        fused: attention in one fused call; false writes it out as the lecture does.
 
     Raises:
         ValueError: in one line that names the flag, for sizes that cannot be.
@@ -42,17 +52,29 @@ class LectureConfig:
     dropout: float = 0.0
     bias: bool = True
     init_std: float | None = 0.02
+    scaled: bool = True
+    ffwd: int = 4
+    residual: bool = True
+    proj: bool = True
+    norm: bool = True
+    fused: bool = True
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--model.{name}={getattr(self, name)} must be at least 1")
-        if self.n_layer < 0:
-            raise ValueError(f"--model.n_layer={self.n_layer} must be at least 0")
+        for name in ("n_layer", "ffwd"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--model.{name}={getattr(self, name)} must be at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"--model.n_embd={self.n_embd} is not divisible by --model.n_head={self.n_head}: "
                 "each head takes an equal share of the channels"
+            )
+        if self.ffwd > 1 and not self.proj:
+            raise ValueError(
+                f"--model.ffwd={self.ffwd} needs --model.proj=true, which brings that width back "
+                "to n_embd; without it the feed-forward can be 1 wide"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--model.dropout={self.dropout} must lie in [0, 1)")
@@ -65,19 +87,40 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: LectureConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.fused = config.n_head, config.dropout, config.fused
+        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scaled else 1.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.proj = nn.Identity()
+        if config.proj:
+            self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of all heads, (B, H, T, D) each."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        dropout = self.dropout if self.training else 0.0
-        # softmax(q k^T / sqrt(D), masked) v, with dropout on the softmax
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        out = out.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return F.dropout(self.proj(out), self.dropout, self.training)  # (B, T, C)
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+    def weights(self, q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> torch.Tensor:
+        """What each position takes of each, (B, H, T, T): every row sums to 1.
+
+        Without the mask (`causal=False`) this is an encoder's attention.
+        """
+        wei = q @ k.transpose(-2, -1) * self.scale  # (B, H, T, T)
+        if causal:
+            future = torch.ones_like(wei, dtype=torch.bool).triu(1)
+            wei = wei.masked_fill(future, -math.inf)
+        return F.softmax(wei, dim=-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.heads(x)
+        if self.fused:  # the same in one call
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, dropout_p=self.dropout * self.training
+            )
+        else:
+            out = F.dropout(self.weights(q, k), self.dropout, self.training) @ v
+        out = out.transpose(1, 2).reshape(x.shape)  # heads side by side again: (B, T, C)
+        return F.dropout(self.proj(out), self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -85,12 +128,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LectureConfig):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias),
-            nn.ReLU(),
-            nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias),
-            nn.Dropout(config.dropout),
-        )
+        width = config.ffwd * config.n_embd
+        layers = [nn.Linear(config.n_embd, width, bias=config.bias), nn.ReLU()]
+        if config.proj:
+            layers.append(nn.Linear(width, config.n_embd, bias=config.bias))
+        self.net = nn.Sequential(*layers, nn.Dropout(config.dropout))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)  # (B, T, C)
@@ -101,15 +143,24 @@ class Block(nn.Module):
 
     def __init__(self, config: LectureConfig):
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.residual = config.residual
+        self.ln1 = layer_norm(config)
         self.sa = MultiHeadAttention(config)
-        self.ln2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.ffwd = FeedForward(config)
+        if config.ffwd:
+            self.ln2 = layer_norm(config)
+            self.ffwd = FeedForward(config)
+        else:
+            self.ffwd = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.sa(self.ln1(x))
-        x = x + self.ffwd(self.ln2(x))
+        x = self.sa(self.ln1(x)) + (x if self.residual else 0)
+        if self.ffwd is not None:
+            x = self.ffwd(self.ln2(x)) + (x if self.residual else 0)
         return x  # (B, T, C)
+
+
+def layer_norm(config: LectureConfig) -> nn.Module:
+    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.norm else nn.Identity()
 
 
 class LectureGPT(nn.Module):
@@ -121,7 +172,7 @@ class LectureGPT(nn.Module):
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding_table = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = layer_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
         if config.init_std is not None:
             self.apply(self._init_weights)
@@ -157,3 +208,20 @@ class Bigram(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.token_embedding_table(ids)  # (B, T, V)
+
+    @torch.no_grad()
+    def count(self, pieces: Iterable[torch.Tensor], smoothing: float = 1.0) -> "Bigram":
+        """Fill the table by counting which token follows which: what training has to arrive at.
+
+        Args:
+            pieces: token ids (N,) of each uninterrupted piece of text.
+            smoothing: added to each of the V * V counts, so that a pair which never occurred
+                costs much and not everything (Laplace's rule at 1).
+        """
+        V = self.config.vocab_size
+        counts = torch.zeros(V * V, dtype=torch.float64)
+        for ids in pieces:
+            counts += torch.bincount(ids[:-1].long() * V + ids[1:].long(), minlength=V * V)
+        counts = counts.view(V, V) + smoothing
+        self.token_embedding_table.weight.copy_((counts / counts.sum(1, keepdim=True)).log())
+        return self
