@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from gpt_lightning import __version__
-from gpt_lightning.messages import nearest
+from gpt_lightning.messages import Parser, nearest
 
 COMMANDS = {
     "fit": "train a model, or go on with a run (--ckpt_path=last)",
@@ -19,6 +19,7 @@ COMMANDS = {
     "test": "the same under the name test/",
     "predict": "the cost in nats of each held-out character, to a file",
     "generate": "write text from a checkpoint",
+    "climb": "train every rung of the lecture's ladder, several seeds each: a table and a picture",
 }
 
 HELP = f"""\
@@ -35,6 +36,7 @@ for example:
   python -m gpt_lightning fit --config configs/laptop.yaml --model.n_layer=6
   python -m gpt_lightning fit --ckpt_path=last             go on where the newest run stopped
   python -m gpt_lightning generate --prompt "ROMEO:" --stream
+  python -m gpt_lightning climb --seeds=1337               the lecture, rung by rung, ten minutes
   tensorboard --logdir lightning_logs                      watch
 
 python -m gpt_lightning COMMAND --help lists the flags of a command.
@@ -77,17 +79,13 @@ def run(argv: list[str]) -> int | None:
         )
     if argv[0] == "generate":
         return generate(argv[1:])
+    if argv[0] == "climb":
+        from gpt_lightning.ladder import climb
+
+        return climb(argv[1:])
     from gpt_lightning.lightning_cli import run_trainer
 
     return run_trainer(argv, COMMANDS[argv[0]])
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage, and names the nearest flag."""
-
-    def error(self, message: str) -> None:
-        flag = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        raise ValueError(message + nearest(flag, self._option_string_actions))
 
 
 def generate_parser() -> Parser:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -52,8 +52,17 @@ DEFAULTS = {
 STORED = ("seed_everything", "data", "model", "trainer", "checkpoint", "sample")
 
 
-def run_trainer(argv: list[str], description: str) -> int:
-    """Run the Trainer's command argv[0], which `--help` describes so; returns its exit code."""
+def run_trainer(
+    argv: list[str], description: str, folder: Path | None = None, bar: Callback | None = None
+) -> int:
+    """Run the Trainer's command argv[0], which `--help` describes so; returns its exit code.
+
+    Args:
+        argv: command and flags.
+        description: of the command.
+        folder: of a new run; the next lightning_logs/version_N unless given.
+        bar: shows the progress in place of `RunBar`.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -61,7 +70,7 @@ def run_trainer(argv: list[str], description: str) -> int:
     warnings.filterwarnings("ignore", ".*but have no logger configured.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     try:
-        GPTCLI(argv, description)
+        GPTCLI(argv, description, folder, bar or RunBar())
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except Interrupted as stop:
@@ -74,15 +83,15 @@ def run_trainer(argv: list[str], description: str) -> int:
 class GPTCLI(LightningCLI):
     """The commands, their flags, and what is done before and after each."""
 
-    def __init__(self, argv: list[str], description: str):
-        self.argv = argv
+    def __init__(self, argv: list[str], description: str, folder: Path | None, bar: Callback):
+        self.argv, self.folder = argv, folder
         self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
         command = argv[0]
         super().__init__(
             GPTModule,
             TextDataModule,
             save_config_callback=None,  # see _keep_config
-            trainer_defaults={"callbacks": [RunBar()]},  # and DEFAULTS, as flags
+            trainer_defaults={"callbacks": [bar]},  # and DEFAULTS, as flags
             seed_everything_default=1337,
             parser_kwargs={
                 "prog": HOW,
@@ -167,14 +176,15 @@ class GPTCLI(LightningCLI):
         if command != "fit" and config.logger is None:
             kwargs["logger"] = False  # a validation is no run, and gets no folder
         elif config.logger is None or config.logger is True:
-            folder = run_folder(Path(path)) if path else None
+            folder = run_folder(Path(path)) if path else self.folder
+            step = self.checkpoint["global_step"] if self.checkpoint else 0
             kwargs["logger"] = TensorBoardLogger(
                 folder.parent.parent if folder else config.default_root_dir or ".",
                 name=folder.parent.name if folder else LOGS,
                 version=folder.name if folder else None,
                 default_hp_metric=False,
                 # hides what a killed run logged after the step that it goes on from
-                purge_step=self.checkpoint["global_step"] + 1 if folder else None,
+                purge_step=step + 1 if folder else None,
                 flush_secs=10,
             )
         if not config.plugins:
