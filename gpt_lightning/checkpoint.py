@@ -135,7 +135,13 @@ def refuse_mismatch(
         corpus: whether the text has to be the same too (to train on, not to validate).
     """
     # a checkpoint from before a setting existed was trained with its default
-    stored = asdict(build_config(**entry["model"])) | {"name": entry["model"]["name"]}
+    try:
+        stored = asdict(build_config(**entry["model"])) | {"name": entry["model"]["name"]}
+    except TypeError as error:
+        raise ValueError(
+            f"--ckpt_path={path} has settings of the model that this version does not know: use "
+            "the gpt_lightning that wrote it"
+        ) from error
     for name in sorted(stored.keys() | ours["model"].keys()):
         theirs, mine = stored.get(name), ours["model"].get(name)
         # what does not change the weights' shapes or meaning may differ

@@ -4,6 +4,8 @@ A chain of files becomes a row of `--config` flags, the oldest first, so that wh
 merges them as it merges any.
 """
 
+import os
+import re
 from pathlib import Path
 
 import yaml
@@ -29,16 +31,19 @@ def expand_configs(argv: list[str]) -> list[str]:
 
 def chain(config: str, above: tuple[Path, ...] = ()) -> list[str]:
     """The configs that `config` (a file) amounts to, the oldest first: files, or YAML as text."""
-    path = Path(config)
+    path = Path(os.path.expanduser(config))
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return [config]  # no file, or not to be read: whoever parses it says so
     if not isinstance(settings, dict) or "base" not in settings:
         return [config]
-    base = path.parent / str(settings.pop("base"))
+    base = path.parent / str(settings["base"])
     if not base.is_file():
         raise ValueError(f"--config={config}: base: {base}: no such file")
     if base.resolve() in above:
         raise ValueError(f"--config={config}: base: {base} is based on this file itself")
-    return [*chain(str(base), (*above, path.resolve())), yaml.safe_dump(settings)]
+    # cut out as text: what is left is parsed just as the whole file would be
+    rest = re.sub(r"(?m)^base:.*\n?", "", text)
+    return [*chain(str(base), (*above, path.resolve())), rest or "{}"]

@@ -1,10 +1,13 @@
 """The lecture's models in the lecture's own form: one small module per head, softmax by hand.
 
+In the order in which the lecture writes them, from the bigram table to its last listing, and in
+`LADDER` at the end the rungs that it climbs with them.
+
 Frozen: this is what `gpt_lightning.model.lecture` must go on being equal to, so it is changed only
-where the lecture itself was misread. The package never imports it. Two choices of the package's
-are followed, because weights could not be copied otherwise: `bias`, and a score divided by the
-square root of the head's size (the notes' listing has the number of channels there; the formula
-has the head's size).
+where the lecture itself was misread. The package never imports it, and it imports no package of
+ours. Two choices of the package's are followed, because weights could not be copied otherwise:
+`bias`, and a score divided by the square root of the head's size (the notes' listing has the number
+of channels there; the formula has the head's size).
 
 Legend: B batch, T time (at most block_size), C channels (n_embd), D head size, V vocabulary.
 """
@@ -16,10 +19,69 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Head(nn.Module):
-    """One head of masked self-attention."""
+class BigramLanguageModel(nn.Module):
+    """The lecture's first model: the next token's logits are a row of a table."""
 
-    def __init__(self, n_embd, head_size, block_size, dropout):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.token_embedding_table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None):
+        logits = self.token_embedding_table(idx)  # (B, T, V)
+        return logits, next_token_loss(logits, targets)
+
+
+def next_token_loss(logits, targets):
+    if targets is None:
+        return None
+    B, T, V = logits.shape
+    return F.cross_entropy(logits.view(B * T, V), targets.view(B * T))
+
+
+class EmbeddingLanguageModel(nn.Module):
+    """Tokens and positions are embedded, and a linear head reads them."""
+
+    def __init__(self, vocab_size, block_size, n_embd):
+        super().__init__()
+        self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding_table = nn.Embedding(block_size, n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, idx, targets=None):
+        tok_emb = self.token_embedding_table(idx)  # (B, T, C)
+        pos_emb = self.position_embedding_table(torch.arange(idx.shape[1]))  # (T, C)
+        x = self.between(tok_emb + pos_emb)  # (B, T, C)
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, next_token_loss(logits, targets)
+
+    def between(self, x):
+        """What the next models put between embedding and head: here nothing yet."""
+        return x
+
+
+class UnscaledHead(nn.Module):
+    """One head of masked self-attention, as it is first written."""
+
+    def __init__(self, n_embd, head_size, block_size):
+        super().__init__()
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.register_buffer("tril", torch.tril(torch.ones(block_size, block_size)))
+
+    def forward(self, x):
+        T = x.shape[1]
+        k, q, v = self.key(x), self.query(x), self.value(x)  # (B, T, D)
+        wei = q @ k.transpose(1, 2)  # (B, T, T)
+        wei = wei.masked_fill(self.tril[:T, :T] == 0, -math.inf)
+        wei = F.softmax(wei, dim=-1)
+        return wei @ v  # (B, T, D)
+
+
+class Head(nn.Module):
+    """One head of scaled masked self-attention; its dropout comes last in the lecture."""
+
+    def __init__(self, n_embd, head_size, block_size, dropout=0.0):
         super().__init__()
         self.key = nn.Linear(n_embd, head_size, bias=False)
         self.query = nn.Linear(n_embd, head_size, bias=False)
@@ -36,10 +98,107 @@ class Head(nn.Module):
         return wei @ v  # (B, T, D)
 
 
+class OneHeadLanguageModel(EmbeddingLanguageModel):
+    """A head, as wide as the channels, between embedding and linear head."""
+
+    def __init__(self, vocab_size, block_size, n_embd, head):
+        super().__init__(vocab_size, block_size, n_embd)
+        self.sa_head = head
+
+    def between(self, x):
+        return self.sa_head(x)
+
+
+class HeadsSideBySide(nn.Module):
+    """Multi-head attention as it is first written: no projection yet."""
+
+    def __init__(self, n_embd, n_head, block_size):
+        super().__init__()
+        size = n_embd // n_head
+        self.heads = nn.ModuleList([Head(n_embd, size, block_size) for _ in range(n_head)])
+
+    def forward(self, x):
+        return torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
+
+
+class FourHeadsLanguageModel(EmbeddingLanguageModel):
+    """Four heads of a quarter of the channels each."""
+
+    def __init__(self, vocab_size, block_size, n_embd):
+        super().__init__(vocab_size, block_size, n_embd)
+        self.sa_heads = HeadsSideBySide(n_embd, 4, block_size)
+
+    def between(self, x):
+        return self.sa_heads(x)
+
+
+class LinearReLU(nn.Module):
+    """The feed-forward as it is first written: one layer on each position alone."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(n_embd, n_embd), nn.ReLU())
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class FeedForwardLanguageModel(EmbeddingLanguageModel):
+    """Four heads, and then the feed-forward."""
+
+    def __init__(self, vocab_size, block_size, n_embd):
+        super().__init__(vocab_size, block_size, n_embd)
+        self.sa_heads = HeadsSideBySide(n_embd, 4, block_size)
+        self.ffwd = LinearReLU(n_embd)
+
+    def between(self, x):
+        x = self.sa_heads(x)
+        return self.ffwd(x)
+
+
+class PlainBlock(nn.Module):
+    """Communication, then computation, each in place of what was there before."""
+
+    def __init__(self, n_embd, n_head, block_size):
+        super().__init__()
+        self.sa = HeadsSideBySide(n_embd, n_head, block_size)
+        self.ffwd = LinearReLU(n_embd)
+
+    def forward(self, x):
+        x = self.sa(x)
+        x = self.ffwd(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Attention and feed-forward (which grow from rung to rung), each added to what was there."""
+
+    def __init__(self, sa, ffwd):
+        super().__init__()
+        self.sa = sa
+        self.ffwd = ffwd
+
+    def forward(self, x):
+        x = x + self.sa(x)
+        x = x + self.ffwd(x)
+        return x
+
+
+class BlocksLanguageModel(EmbeddingLanguageModel):
+    """Blocks, one after the other, with no norm behind them yet."""
+
+    def __init__(self, vocab_size, block_size, n_embd, blocks):
+        super().__init__(vocab_size, block_size, n_embd)
+        self.blocks = nn.Sequential(*blocks)
+
+    def between(self, x):
+        return self.blocks(x)
+
+
 class MultiHeadAttention(nn.Module):
     """Heads one after the other, what they say side by side, and a projection of it."""
 
-    def __init__(self, n_embd, n_head, block_size, dropout, bias):
+    def __init__(self, n_embd, n_head, block_size, dropout=0.0, bias=True):
         super().__init__()
         size = n_embd // n_head
         self.heads = nn.ModuleList([Head(n_embd, size, block_size, dropout) for _ in range(n_head)])
@@ -51,10 +210,25 @@ class MultiHeadAttention(nn.Module):
         return self.dropout(self.proj(said))
 
 
-class FeedForward(nn.Module):
-    """Two layers on each position alone."""
+class LinearReLULinear(nn.Module):
+    """The feed-forward with a projection behind it."""
 
-    def __init__(self, n_embd, dropout, bias):
+    def __init__(self, n_embd):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(n_embd, n_embd),
+            nn.ReLU(),
+            nn.Linear(n_embd, n_embd),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class FeedForward(nn.Module):
+    """The same with four times the channels inside."""
+
+    def __init__(self, n_embd, dropout=0.0, bias=True):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(n_embd, 4 * n_embd, bias=bias),
@@ -68,7 +242,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication, then computation, each added to what was there before."""
+    """The last block: a LayerNorm before communication and before computation."""
 
     def __init__(self, n_embd, n_head, block_size, dropout, bias):
         super().__init__()
@@ -112,23 +286,30 @@ class GPTLanguageModel(nn.Module):
         return idx
 
 
-class BigramLanguageModel(nn.Module):
-    """The lecture's first model: the next token's logits are a row of a table."""
-
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.token_embedding_table = nn.Embedding(vocab_size, vocab_size)
-
-    def forward(self, idx, targets=None):
-        logits = self.token_embedding_table(idx)  # (B, T, V)
-        return logits, next_token_loss(logits, targets)
-
-
-def next_token_loss(logits, targets):
-    if targets is None:
-        return None
-    B, T, V = logits.shape
-    return F.cross_entropy(logits.view(B * T, V), targets.view(B * T))
+# The lecture's rungs by the names of their configs, from vocab_size, block_size and n_embd.
+LADDER = {
+    "01_bigram": lambda V, T, C: BigramLanguageModel(V),
+    "02_embedding": EmbeddingLanguageModel,
+    "03_one_head": lambda V, T, C: OneHeadLanguageModel(V, T, C, UnscaledHead(C, C, T)),
+    "04_scaled": lambda V, T, C: OneHeadLanguageModel(V, T, C, Head(C, C, T)),
+    "05_four_heads": FourHeadsLanguageModel,
+    "06_feed_forward": FeedForwardLanguageModel,
+    "07_three_blocks": lambda V, T, C: BlocksLanguageModel(
+        V, T, C, [PlainBlock(C, 4, T) for _ in range(3)]
+    ),
+    "08_residual": lambda V, T, C: BlocksLanguageModel(
+        V, T, C, [ResidualBlock(HeadsSideBySide(C, 4, T), LinearReLU(C)) for _ in range(3)]
+    ),
+    "09_projections": lambda V, T, C: BlocksLanguageModel(
+        V, T, C, [ResidualBlock(MultiHeadAttention(C, 4, T), LinearReLULinear(C)) for _ in range(3)]
+    ),
+    "10_wide_feed_forward": lambda V, T, C: BlocksLanguageModel(
+        V, T, C, [ResidualBlock(MultiHeadAttention(C, 4, T), FeedForward(C)) for _ in range(3)]
+    ),
+    "11_layer_norm": lambda V, T, C: GPTLanguageModel(V, T, 3, 4, C),
+    "12_dropout": lambda V, T, C: GPTLanguageModel(V, T, 3, 4, C, dropout=0.2),
+    "13_scaled_up_gpu": lambda V, T, C: GPTLanguageModel(V, T, 6, 6, C, dropout=0.2),
+}
 
 
 def oracle_of(model, dropout=None):
@@ -160,6 +341,16 @@ def from_model(named, n_head):
                 new = name.replace("qkv.weight", f"heads.{head}.{part}.weight")
                 found[new] = next(rows)
     return found
+
+
+def from_rung(oracle, named, n_head):
+    """`from_model` for any rung: where the lecture has no blocks yet, our first is the model."""
+    found = from_model(named, n_head)
+    if hasattr(oracle, "blocks"):
+        return found
+    heads = "blocks.0.sa.heads.0." if hasattr(oracle, "sa_head") else "blocks.0.sa."
+    place = "sa_head." if hasattr(oracle, "sa_head") else "sa_heads."
+    return {n.replace(heads, place).replace("blocks.0.", ""): t for n, t in found.items()}
 
 
 def copy_named(named, oracle):

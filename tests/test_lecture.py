@@ -1,12 +1,26 @@
+import dataclasses
+import itertools
 import json
 import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lecture_oracle import BigramLanguageModel, from_model, oracle_of
+import yaml
+from lecture_oracle import (
+    LADDER,
+    BigramLanguageModel,
+    copy_named,
+    from_model,
+    from_rung,
+    oracle_of,
+)
 from torch import nn
 
+from gpt_lightning.checkpoint import describe, refuse_mismatch
+from gpt_lightning.config_files import chain
 from gpt_lightning.model import build_model, model_settings
 from gpt_lightning.model.lecture import Bigram, LectureConfig, LectureGPT
 
@@ -18,20 +32,42 @@ SHAPES = [
     dict(vocab_size=7, block_size=1, n_layer=2, n_head=2, n_embd=8),
     dict(vocab_size=7, block_size=4, n_layer=0, n_head=1, n_embd=8),  # the lecture's first rungs
 ]
+CONFIGS = sorted((Path(__file__).parent.parent / "configs/lecture").glob("*.yaml"))
+RUNGS = [path.stem for path in CONFIGS]
+SWITCHES = dict(scaled=False, ffwd=1, residual=False, proj=False, norm=False)
 
 
-def random_model(**settings) -> nn.Module:
+def random_model(name="lecture", noise=0.3, **settings) -> nn.Module:
     """A model whose every weight matters: none is left at its initial 0 or 1."""
     torch.manual_seed(3)
-    model = LectureGPT(LectureConfig(**settings))
+    model = build_model(name, **settings)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            parameter.add_(torch.randn_like(parameter) * noise)
     return model
 
 
 def some_ids(vocab_size, *shape) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(5))
+
+
+def rung(name, noise=0.15, **settings) -> tuple[nn.Module, nn.Module]:
+    """Our model as the rung's config files have it, and the lecture's with the same weights."""
+    found = {}
+    for part in chain(str(CONFIGS[RUNGS.index(name)])):
+        section = yaml.safe_load(Path(part).read_text("utf-8") if part.endswith(".yaml") else part)
+        found |= section.get("data", {}) | section["model"]
+    if name == "13_scaled_up_gpu":
+        found |= {"block_size": 16, "n_embd": 48}  # the rest as it is, and a test takes a moment
+    fields = {field.name for field in dataclasses.fields(LectureConfig)}
+    of_model = {key: value for key, value in found.items() if key in fields}
+    # small weights: where there is no norm yet, such of 0.3 would make logits of 800
+    small = {"vocab_size": 11, "init_std": 0.02}
+    model = random_model(found["name"], noise, **{**of_model, **small, **settings}).eval()
+    c = model.config
+    oracle = LADDER[name](c.vocab_size, c.block_size, c.n_embd)
+    copy_named(from_rung(oracle, model.state_dict(), c.n_head), oracle)
+    return model, oracle.eval()
 
 
 def dropping(p):
@@ -41,6 +77,8 @@ def dropping(p):
         assert p_ == p
         if not training or p == 0:
             return x
+        if x.dim() == 4:  # (B, H, T, T): each head as the oracle's, in its own shape (B, T, T)
+            return torch.stack([drop(head, p) for head in x.unbind(1)], dim=1)
         generator = torch.Generator().manual_seed(
             sum(size * 31**i for i, size in enumerate(x.shape))
         )
@@ -94,24 +132,234 @@ def test_the_bigram_is_the_lecture_s():
     assert list(model.state_dict()) == ["token_embedding_table.weight"]
 
 
+# --- the ladder -----------------------------------------------------------------------------------
+
+
+def test_every_rung_is_in_the_lecture_and_every_rung_of_the_lecture_is_a_config():
+    assert list(LADDER) == RUNGS
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_every_rung_drops_the_share_that_the_lecture_drops(name):
+    model, oracle = rung(name)
+    dropped = {module.p for module in oracle.modules() if isinstance(module, nn.Dropout)}
+    assert {model.config.dropout} == (dropped or {0.0})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", RUNGS)
+def test_logits_of_every_rung_are_the_lecture_s(name, fused):
+    model, oracle = rung(name, fused=fused)
+    V, T = model.config.vocab_size, model.config.block_size
+    for t in (1, T // 2 + 1, T):
+        ids = some_ids(V, 3, t)
+        targets = ids.roll(-1, dims=1)
+        logits, (expected, loss) = model(ids), oracle(ids, targets)
+        assert logits.shape == (3, t, V) and logits.std() > 0.1
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        ours = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(ours, loss, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", RUNGS)
+def test_gradients_of_every_rung_are_the_lecture_s_and_reach_every_parameter(name, dtype, fused):
+    model, oracle = (net.to(dtype) for net in rung(name, fused=fused))
+    V, T = model.config.vocab_size, model.config.block_size
+    for t in (T // 2 + 1, T):
+        model.zero_grad()
+        oracle.zero_grad()
+        ids = some_ids(V, 4, t)
+        targets = ids.roll(-1, dims=1)
+        F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
+        oracle(ids, targets)[1].backward()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        assert None not in grads.values()  # on several GPUs a parameter without one is an error
+        ours = from_rung(oracle, grads, model.config.n_head)
+        for n, parameter in oracle.named_parameters():
+            # what flows back through the plain blocks is no more than 1e-7: hence the doubles
+            assert ours[n].abs().max() > 1e-7, n
+            atol = 1e-4 if dtype == torch.float32 else 1e-12
+            torch.testing.assert_close(ours[n], parameter.grad, rtol=0, atol=atol, msg=n)
+
+
+@pytest.mark.parametrize(
+    ("before", "name"),
+    # not where nothing is comparable: a table and embeddings, two widths, two sizes; nor where
+    # dropout, which has tests of its own, is all that is new
+    [pair for pair in zip(RUNGS, RUNGS[1:], strict=False) if pair[1][:2] not in "02 10 12 13"],
+)
+def test_every_rung_differs_from_the_one_below_it(before, name):
+    """What a rung adds can be seen: with the weights that both have, the logits are others."""
+    model, _ = rung(name, noise=0.3)
+    V, T, C = model.config.vocab_size, model.config.block_size, model.config.n_embd
+    below = LADDER[before](V, T, C).eval()
+    n_head = 1 if before < "05" else model.config.n_head
+    shared = from_rung(below, model.state_dict(), n_head)
+    known = {n: shared[n] for n, _ in below.named_parameters()}
+    copy_named(known, below)
+    ids = some_ids(V, 3, T)
+    assert (model(ids) - below(ids)[0]).abs().max() > 0.05
+
+
+def test_every_combination_of_switches_runs_fused_as_written_out():
+    ids = some_ids(5, 2, 4)
+    for scaled, residual, norm, (ffwd, proj) in itertools.product(
+        [True, False], [True, False], [True, False], [(0, 0), (0, 1), (1, 0), (1, 1), (3, 1)]
+    ):
+        switches = dict(scaled=scaled, residual=residual, norm=norm, ffwd=ffwd, proj=bool(proj))
+        found = []
+        for fused in (True, False):
+            model = random_model(**GOOD, **switches, fused=fused)
+            logits = model(ids)
+            logits.square().mean().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters()), switches
+            found.append([logits, *(parameter.grad for parameter in model.parameters())])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=str(switches))
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("settings", SHAPES[:5], ids=str)
+def test_fused_attention_is_the_written_out_one_forward_and_backward(settings, scaled):
+    found = []
+    for fused in (True, False):
+        attention = random_model(**settings, scaled=scaled, fused=fused).blocks[0].sa.double()
+        generator = torch.Generator().manual_seed(9)
+        x = torch.randn(2, settings["block_size"], settings["n_embd"], generator=generator).double()
+        out = attention(x.requires_grad_())
+        out.square().sum().backward()
+        found.append([out, x.grad, *(parameter.grad for parameter in attention.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 0.01
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def attention_and_input() -> tuple[nn.Module, torch.Tensor]:
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(9))
+    return random_model(**SHAPES[1]).eval().blocks[0].sa, x
+
+
+def test_weights_are_the_softmax_of_the_lecture_s_heads():
+    attention, x = attention_and_input()
+    found = attention.weights(*attention.heads(x)[:2])
+    assert found.shape == (2, 4, 16, 16)
+    heads = oracle_of(random_model(**SHAPES[1]).eval()).blocks[0].sa.heads
+    for ours, head in zip(found.unbind(1), heads, strict=True):
+        seen = []
+        head.dropout.register_forward_hook(lambda module, args, wei, seen=seen: seen.append(wei))
+        head(x)
+        torch.testing.assert_close(ours, seen[0], rtol=0, atol=1e-6)
+
+
+def test_weights_of_a_position_sum_to_one_and_look_at_nothing_later():
+    attention, x = attention_and_input()
+    q, k, _ = attention.heads(x)
+    wei = attention.weights(q, k)
+    torch.testing.assert_close(wei.sum(-1), torch.ones(2, 4, 16))
+    later = torch.ones(16, 16).triu(1).bool()
+    assert wei[..., later].eq(0).all() and wei[..., ~later].gt(0).all()
+
+
+def test_without_the_mask_weights_look_at_everything():
+    attention, x = attention_and_input()
+    q, k, _ = attention.heads(x)
+    wei = attention.weights(q, k, causal=False)
+    assert wei.gt(0).all()
+    torch.testing.assert_close(wei.sum(-1), torch.ones(2, 4, 16))
+    torch.testing.assert_close(wei[..., -1, :], attention.weights(q, k)[..., -1, :])
+
+
+def test_unscaled_scores_are_larger_by_the_root_of_the_head_size():
+    attention, x = attention_and_input()
+    q, k, _ = attention.heads(x)
+    expected = attention.weights(q * math.sqrt(8), k)
+    attention = random_model(**SHAPES[1], scaled=False).blocks[0].sa
+    torch.testing.assert_close(attention.weights(q, k), expected)
+
+
+# --- bigrams by counting --------------------------------------------------------------------------
+
+PIECES = ["abracadabra", "", "b", "bard", "crab"]  # over the letters a b c d r
+
+
+def pieces() -> list[torch.Tensor]:
+    return [torch.tensor(["abcdr".index(c) for c in text], dtype=torch.uint8) for text in PIECES]
+
+
+def test_bigram_counts_the_pairs_within_each_piece():
+    counts = Counter()
+    for text in PIECES:
+        for i in range(len(text) - 1):
+            counts[text[i], text[i + 1]] += 1
+    assert counts["a", "b"] == 3 and counts["a", "c"] == 1  # by eye; none from one piece to another
+    model = Bigram(LectureConfig(5, 4)).count(pieces(), smoothing=0.5)
+    probs = model(torch.arange(5)[None])[0].exp()  # rows are distributions as they are
+    torch.testing.assert_close(probs.sum(1), torch.ones(5))
+    for i, first in enumerate("abcdr"):
+        total = sum(counts[first, second] + 0.5 for second in "abcdr")
+        for j, second in enumerate("abcdr"):
+            assert probs[i, j].item() == pytest.approx((counts[first, second] + 0.5) / total)
+
+
+def test_pairs_of_a_large_vocabulary_are_counted_from_narrow_ids():
+    ids = torch.tensor([250, 199, 250, 199, 250], dtype=torch.uint8)
+    model = Bigram(LectureConfig(256, 4)).count([ids], smoothing=1e-3)
+    assert model(ids[None].long())[0].argmax(1).tolist() == [199, 250, 199, 250, 199]
+
+
+def test_smoothing_is_one_unless_given_and_an_unseen_token_is_followed_by_any():
+    model = Bigram(LectureConfig(4, 4)).count([torch.tensor([0, 1, 0, 1, 0])])
+    probs = model(torch.arange(4)[None])[0].exp()
+    expected = [
+        [1 / 6, 3 / 6, 1 / 6, 1 / 6],
+        [3 / 6, 1 / 6, 1 / 6, 1 / 6],
+        [1 / 4] * 4,
+        [1 / 4] * 4,
+    ]
+    torch.testing.assert_close(probs, torch.tensor(expected))
+
+
+def test_the_loss_of_a_counted_bigram_is_the_closed_form():
+    ids = some_ids(6, 500)
+    model = Bigram(LectureConfig(6, 4)).count([ids])
+    counts = torch.zeros(6, 6, dtype=torch.float64)
+    for first, second in zip(ids[:-1], ids[1:], strict=True):
+        counts[first, second] += 1
+    p = (counts + 1) / (counts + 1).sum(1, keepdim=True)
+    expected = -(counts * p.log()).sum() / 499
+    loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_training_has_nothing_to_add_to_a_counted_bigram():
+    ids = some_ids(6, 500)
+    model = Bigram(LectureConfig(6, 4)).count([ids], smoothing=1e-6)
+    F.cross_entropy(model(ids[None, :-1])[0], ids[1:]).backward()
+    assert model.token_embedding_table.weight.grad.abs().max() < 1e-6
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
-def test_dropout_is_at_the_lecture_s_places(monkeypatch):
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_is_at_the_lecture_s_places(monkeypatch, fused):
     """With the same elements dropped, training mode gives the oracle's logits and gradients."""
     p = 0.3
-    model = random_model(**SHAPES[1], dropout=p).train()
+    model = random_model(**SHAPES[1], dropout=p, fused=fused).train()
     oracle = oracle_of(model)
     drop = dropping(p)
 
     def attention(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
-        assert is_causal and dropout_p == p
+        assert fused and is_causal and dropout_p == p
         T = q.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-        # each head as the oracle's: its own softmax dropped in its own shape (B, T, T)
-        wei = torch.stack([drop(head, p) for head in scores.softmax(-1).unbind(1)], dim=1)
-        return wei @ v
+        return drop(scores.softmax(-1), p) @ v
 
     monkeypatch.setattr(F, "dropout", drop)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
@@ -126,10 +374,11 @@ def test_dropout_is_at_the_lecture_s_places(monkeypatch):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_attention_dropout_drops_that_share_of_the_weights():
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_dropout_drops_that_share_of_the_weights(fused):
     """Values of one, a score of 0: what comes out tells which weights were dropped."""
     p, T = 0.25, 64
-    model = LectureGPT(LectureConfig(3, T, n_layer=1, n_head=1, n_embd=T, dropout=p))
+    model = LectureGPT(LectureConfig(3, T, n_layer=1, n_head=1, n_embd=T, dropout=p, fused=fused))
     attention = model.blocks[0].sa.train()
     with torch.no_grad():
         attention.qkv.weight.zero_()
@@ -144,9 +393,10 @@ def test_attention_dropout_drops_that_share_of_the_weights():
     assert abs(said.sum(-1).mean() - 1) < 0.02  # the weights of a position sum to 1 on average
 
 
-def test_dropout_acts_in_training_only():
-    model = random_model(**SHAPES[1], dropout=0.4)
-    plain = random_model(**SHAPES[1], dropout=0.0)
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_acts_in_training_only(fused):
+    model = random_model(**SHAPES[1], dropout=0.4, fused=fused)
+    plain = random_model(**SHAPES[1], dropout=0.0, fused=fused)
     ids = some_ids(65, 2, 16)
     assert torch.equal(model.eval()(ids), plain.eval()(ids))
     assert torch.equal(model(ids), model(ids))
@@ -163,7 +413,9 @@ def test_dropout_acts_in_training_only():
 # --- causality ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", SHAPES[1:4], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*SHAPES[1:4], {**SHAPES[1], **SWITCHES}, {**SHAPES[1], "fused": False}], ids=str
+)
 def test_changing_a_token_changes_no_earlier_logit(settings):
     V, T = settings["vocab_size"], settings["block_size"]
     model = random_model(**settings).eval()
@@ -279,6 +531,14 @@ def test_the_names_in_a_checkpoint_are_these():
     assert list(found) == [k for k in KEYS if not k.endswith("bias") or k == "lm_head.bias"]
 
 
+def test_a_switch_that_is_off_takes_its_names_with_it():
+    model = LectureGPT(LectureConfig(11, 6, n_layer=1, n_head=2, n_embd=8, **SWITCHES))
+    gone = (".proj.", ".net.2.", "ln1", "ln2", "ln_f")
+    assert [n for n in KEYS if not any(part in n for part in gone)] == list(model.state_dict())
+    model = LectureGPT(LectureConfig(11, 6, n_layer=1, n_head=2, n_embd=8, ffwd=0))
+    assert [n for n in KEYS if "ffwd" not in n and "ln2" not in n] == list(model.state_dict())
+
+
 @pytest.mark.parametrize("settings", SHAPES, ids=str)
 def test_the_number_of_parameters_is_known(settings):
     model = LectureGPT(LectureConfig(**settings))
@@ -314,6 +574,7 @@ GOOD = dict(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=8)
         ("n_embd", 0),
         ("n_embd", -8),
         ("n_embd", 9),
+        ("ffwd", -1),
         ("dropout", -0.1),
         ("dropout", 1.0),
         ("dropout", math.nan),
@@ -330,6 +591,16 @@ def test_settings_that_cannot_be_are_refused_in_one_line(model, name, value):
     assert "\n" not in message and f"--model.{name}={value}" in message
 
 
+@pytest.mark.parametrize("ffwd", [2, 4])
+def test_a_wide_feed_forward_needs_its_projection(ffwd):
+    with pytest.raises(ValueError) as error:
+        LectureConfig(**GOOD, ffwd=ffwd, proj=False)
+    message = str(error.value)
+    assert "\n" not in message and f"--model.ffwd={ffwd} needs --model.proj=true" in message
+    for narrow in (0, 1):
+        LectureConfig(**GOOD, ffwd=narrow, proj=False)
+
+
 def test_an_unknown_model_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError) as error:
         build_model("lectern", **GOOD)
@@ -342,10 +613,62 @@ def test_a_model_is_built_again_from_its_settings(name):
     model = build_model(name, **GOOD, dropout=0.25, bias=False, init_std=None)
     kept = model_settings(name, model)
     expected = {**GOOD, "name": name, "dropout": 0.25, "bias": False, "init_std": None}
-    assert kept == expected
+    switches = {"scaled": True, "ffwd": 4, "residual": True, "proj": True, "norm": True}
+    assert kept == {**expected, **switches, "fused": True}
     assert json.loads(json.dumps(kept)) == kept  # plain types
     again = build_model(**kept)
     assert type(again) is type(model) and again.config == model.config
     again.load_state_dict(model.state_dict())
     ids = some_ids(5, 2, 4)
     assert torch.equal(again.eval()(ids), model.eval()(ids))
+
+
+def test_a_rung_is_built_again_from_its_settings():
+    model = random_model(**GOOD, **SWITCHES, fused=False)
+    again = build_model(**model_settings("lecture", model))
+    again.load_state_dict(model.state_dict())
+    ids = some_ids(5, 2, 4)
+    assert again.config == model.config and torch.equal(again(ids), model(ids))
+
+
+# --- checkpoints from before there were switches --------------------------------------------------
+
+
+def described(name="lecture", **settings) -> dict:
+    model = model_settings(name, build_model(name, **GOOD, **settings))
+    corpus = {"name": "text", "sha256": "0", "split": "blocks", "val_fraction": 0.1}
+    return describe(model, {"kind": "char", "vocabulary": "abcde"}, corpus)
+
+
+def older(name="lecture") -> dict:
+    """As it was written before there were switches."""
+    entry = described(name)
+    for switch in (*SWITCHES, "fused"):
+        del entry["model"][switch]
+    return entry
+
+
+@pytest.mark.parametrize("name", ["lecture", "bigram"])
+def test_an_older_checkpoint_goes_on_as_the_defaults_that_it_was_trained_with(name):
+    entry = older(name)
+    refuse_mismatch(entry, described(name), "old.ckpt")
+    refuse_mismatch(entry, described(name, fused=False), "old.ckpt")  # the same, computed otherwise
+    assert build_model(**entry["model"]).config == LectureConfig(**GOOD)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "default"),
+    [
+        ("scaled", False, True),
+        ("ffwd", 2, 4),
+        ("ffwd", 0, 4),
+        ("residual", False, True),
+        ("norm", False, True),
+    ],
+)
+def test_an_older_checkpoint_is_refused_for_a_switch_turned_off(setting, value, default):
+    with pytest.raises(ValueError) as error:
+        refuse_mismatch(older(), described(**{setting: value}), "old.ckpt")
+    message = str(error.value)
+    assert "\n" not in message and f"--model.{setting}={value} does not fit" in message
+    assert f"old.ckpt, whose model has {setting}={default}" in message
