@@ -31,7 +31,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.files import write_atomically
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.generation.writer import Writer
-from gpt_lightning.lightning_cli import run_trainer
+from gpt_lightning.lightning_cli import quiet, run_trainer
 from gpt_lightning.messages import Parser
 from gpt_lightning.training.lightning_module import GPTModule
 
@@ -72,6 +72,7 @@ def climb(argv: list[str]) -> int:
     Raises:
         ValueError: in one line, for flags or a folder that cannot be.
     """
+    quiet()
     args, flags = parse(argv)
     rungs = find_rungs(args)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -90,12 +91,16 @@ def climb(argv: list[str]) -> int:
                 bar.n = round(bar.n) + 1
             rows.append(read_row(rung, args.out, args.seeds))
             bar.write(f"{rows[-1].title:<24} {rows[-1].loss or rows[-1].missing}")
-    first = next((args.out / row.name for row in rows if row.losses), None)
-    if first:
-        rows.insert(0, counted_row(first / f"seed_{args.seeds[0]}"))
+    climbed = [row for row in rows if row.losses]
+    if not climbed:
+        return 0
+    run = args.out / climbed[0].name / f"seed_{args.seeds[0]}"
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    rows.insert(0, counted_row(config))
     write_table(rows, args.out)
     print((args.out / "ladder.md").read_text(encoding="utf-8"))
-    print(f"written: {args.out}/ladder.md, ladder.csv{draw(rows, args.out)}")
+    picture = draw(rows, config["data"]["corpus"], args.out)
+    print(f"written: {args.out}/ladder.md, ladder.csv{picture}")
     print(f"watch:   tensorboard --logdir {args.out}")
     return 0
 
@@ -166,21 +171,21 @@ def refuse_mixture(out: Path, rungs: list[Path], flags: list[str]) -> None:
             "give the same, or another --out"
         )
     for rung in rungs:
-        text = chain_text(rung)
-        if known["configs"].get(rung.stem, text) != text:
+        made_of = settings(rung)
+        if known["configs"].get(rung.stem, made_of) != made_of:
             raise ValueError(
                 f"{rung} has changed since --out={out} was climbed; give another --out"
             )
-        known["configs"][rung.stem] = text
+        known["configs"][rung.stem] = made_of
     with write_atomically(path) as file:
         file.write(json.dumps(known | {"flags": flags}, indent=1).encode())
 
 
-def chain_text(rung: Path) -> str:
+def settings(rung: Path) -> list[dict]:
     """All that a rung is made of, so that a change anywhere in its chain is noticed."""
     parts = chain(str(rung))
     texts = [Path(p).read_text(encoding="utf-8") if os.path.exists(p) else p for p in parts]
-    return "\n".join(texts)
+    return [yaml.safe_load(text) for text in texts]
 
 
 # one run
@@ -259,9 +264,8 @@ def sample_line(writer: Writer, seed: int = 1337) -> str:
     return next((line for line in lines if len(line) >= 24), max(lines, key=len))[:56]
 
 
-def counted_row(run: Path) -> Row:
-    """The bigram by counting pairs, on the text of `run`: the loss that training arrives at."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+def counted_row(config: dict) -> Row:
+    """The bigram by counting pairs, on a run's text: the loss that its training arrives at."""
     data = TextDataModule(**config["data"])
     model = GPTModule(
         data.vocab_size, data.hparams.block_size, "bigram", eval_iters=config["model"]["eval_iters"]
@@ -335,38 +339,47 @@ def write_table(rows: list[Row], out: Path) -> None:
             )
 
 
-def draw(rows: list[Row], out: Path) -> str:
-    """ladder.png; returns what to add to the list of files written."""
+def draw(rows: list[Row], corpus: str, out: Path) -> str:
+    """ladder.png, of a text called `corpus`; returns what to add to the list of files written."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return ' (for a picture: pip install "matplotlib>=3.8")'
     rows = [row for row in rows if row.losses]
     means = [statistics.mean(row.losses) for row in rows]
-    figure = Figure(figsize=(8, 0.8 + 0.42 * len(rows)), dpi=150, layout="constrained")
+    places, before = range(len(rows)), [None, *means]
+    seeds = max(len(row.losses) for row in rows)
+    figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    places = range(len(rows))
-    axes.hlines(places, min(means), means, color="0.85", linewidth=1, zorder=0)
-    axes.step(means, places, where="post", color="0.7", linewidth=1, zorder=1)
-    for place, row, mean in zip(places, rows, means, strict=True):
+    axes.step(means, places, where="post", color="0.75", linewidth=1, zorder=1)
+    for place, row, mean, last in zip(places, rows, means, before, strict=False):
         axes.plot(row.losses, [place] * len(row.losses), ".", color="tab:blue", alpha=0.4)
         axes.plot(mean, place, "o", color="tab:blue", markersize=7)
-        axes.annotate(f"{mean:.2f}", (mean, place), (8, 0), textcoords="offset points", va="center")
+        text = f"{mean:.2f}" + (f"  ({mean - last:+.2f})" if last else "")
+        at = (max(row.losses), place)
+        box = {
+            "facecolor": "white",
+            "edgecolor": "none",
+            "pad": 1,
+        }  # over the line of the next rung
+        axes.annotate(text, at, (9, 0), textcoords="offset points", va="center", bbox=box)
     axes.set_yticks(places, [row.title for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("loss on held-out text, nats per character (less is better)")
-    axes.set_title("What each idea of the lecture buys", loc="left", fontweight="bold")
+    figure.suptitle("What each idea of the lecture buys", fontweight="bold")
+    each = f"mean of {seeds} seeds, each a small dot" if seeds > 1 else "one seed"
+    axes.set_title(f"{corpus}: {each}; in brackets the change from the rung above", fontsize=9)
     if rows[0].floor is not None:
         axes.axvline(rows[0].floor, color="tab:red", linestyle="--", linewidth=1)
         axes.annotate(
-            "the floor: no model can do better",
-            (rows[0].floor, len(rows) - 1),
+            f"{rows[0].floor:.2f}, the floor: no model can do better",
+            (rows[0].floor, 0),
             (6, 0),
             textcoords="offset points",
             color="tab:red",
             va="center",
         )
-    axes.margins(x=0.12)
+    axes.margins(x=0.16)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(out / "ladder.png")

@@ -63,12 +63,7 @@ def run_trainer(
         folder: of a new run; the next lightning_logs/version_N unless given.
         bar: shows the progress in place of `RunBar`.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-    warnings.filterwarnings("ignore", ".*but have no logger configured.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    quiet()
     try:
         GPTCLI(argv, description, folder, bar or RunBar())
     except MisconfigurationException as error:
@@ -78,6 +73,16 @@ def run_trainer(
             print(f"{stop}\nGo on with: {HOW} fit --ckpt_path={stop.path}", flush=True)
         return 128 + stop.signum
     return 0
+
+
+def quiet() -> None:
+    """Silence what Lightning says of every run and nobody can do anything about."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", ".*but have no logger configured.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
 
 
 class GPTCLI(LightningCLI):
