@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_there_are_configs():
-    assert {p.stem for p in WHOLE} >= {"laptop", "nanogpt_cpu", "lecture_gpu"}
+    assert {p.stem for p in WHOLE} >= {"laptop", "nanogpt_cpu", "01_bigram", "13_scaled_up_gpu"}
     assert {p.stem for p in OVERLAYS} == {"overfit", "few_steps"}
 
 
