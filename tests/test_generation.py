@@ -264,16 +264,39 @@ def steps(model, ids, n, sampling=None, seed=0, stop=()):
     return [list(sample) for sample in zip(*found, strict=True)]
 
 
+def windows(text, prompt, n, block_size=6):
+    """What the model is to see at each of n steps: all so far, and of a full window three quarters
+    and what comes after, until that is full."""
+    start = max(0, prompt - block_size)
+    for end in range(prompt, prompt + n):
+        if end - start > block_size:
+            start = end - 1 - block_size * 3 // 4
+        yield text[start:end]
+
+
 @pytest.mark.parametrize("prompt", [1, 5, 6, 7, 20])
-def test_tokens_are_those_of_the_lecture_s_loop_past_block_size(prompt):
-    model = lecture_model().eval()
+@pytest.mark.parametrize("block_size", [1, 2, 6, 16])
+def test_greedy_text_is_what_the_lecture_s_model_says_of_each_whole_window(prompt, block_size):
+    model = lecture_model(block_size).eval()
     ids = torch.randint(9, (3, prompt), generator=seeded(2))
+    written = steps(model, ids.tolist(), 30, Sampling(temperature=0))
+    oracle = oracle_of(model)
+    for sample, before in zip(written, ids.tolist(), strict=True):
+        text = before + sample
+        seen = windows(text, prompt, 30, block_size)
+        assert sample == [int(oracle(torch.tensor([ids]))[0][0, -1].argmax()) for ids in seen]
+
+
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_up_to_block_size_the_text_is_that_of_the_lecture_s_loop(prompt):
+    model = lecture_model(block_size=12).eval()
+    ids = torch.randint(9, (2, prompt), generator=seeded(2))
     oracle, naive = oracle_of(model), ids
-    for _ in range(30):
-        idx_cond = naive[:, -6:]
-        logits = oracle(idx_cond)[0][:, -1, :]
+    for _ in range(12 - prompt + 1):
+        logits = oracle(naive[:, -12:])[0][:, -1, :]
         naive = torch.cat([naive, logits.argmax(-1, keepdim=True)], dim=1)
-    assert steps(model, ids.tolist(), 30, Sampling(temperature=0)) == naive[:, prompt:].tolist()
+    n = naive.shape[1] - prompt
+    assert steps(model, ids.tolist(), n, Sampling(temperature=0)) == naive[:, prompt:].tolist()
 
 
 def test_draws_are_those_of_the_lecture_s_generate():
@@ -290,13 +313,15 @@ def test_draws_are_those_of_the_lecture_s_generate():
     assert steps(model, [[0], [0]], 50, seed=3) == ids[:, 1:].tolist()
 
 
-def test_the_model_sees_the_last_block_size_tokens_and_no_more():
+def test_a_token_is_read_once_until_the_window_starts_anew():
     model, seen = lecture_model(), []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
-    prompt = [1, 2, 3, 4]
-    (written,) = steps(model, [prompt], 8)
-    text = prompt + written
-    assert seen == [[text[: 4 + i][-6:]] for i in range(8)]
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()[0]))
+    (written,) = steps(model, [[1, 2, 3, 4]], 8)
+    text = [1, 2, 3, 4, *written]
+    # 4 tokens, two more that fill the window of 6, then the last 4 of those and the next one
+    assert seen == [
+        text[:4], text[4:5], text[5:6], text[2:7], text[7:8], text[4:9], text[9:10], text[6:11],
+    ]  # fmt: skip
 
 
 def test_tokens_follow_the_model_s_probabilities():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.model.cache import KVCache
 
 
 @torch.inference_mode()
@@ -22,10 +23,15 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue B prompts, yielding each step's B new ids as soon as they are drawn.
 
-    As in the lecture, the model sees the last `block_size` tokens, at positions from 0.
+    The prompt is read at once (prefill), then each new token costs one token's work: keys and
+    values of those before it are kept. The model sees a window of at most `block_size` tokens,
+    whose positions count from 0, learned and rotary ones alike. When the window is full, it starts
+    anew with its last three quarters. So what a token is drawn from is always what the model says
+    of a plain window, never of keys that still know what has been dropped; the lecture moves its
+    window by one at every token, and computes all of it again.
 
     Args:
-        model: ids (B, T) -> logits (B, T, V), with `config.block_size`; put in eval mode.
+        model: ids (B, T) and a cache -> logits (B, T, V), with `config`; put in eval mode.
         ids: (B, T) int64, T at least 1.
         max_new_tokens: at most so many steps.
         sampling: how a token is drawn.
@@ -38,17 +44,23 @@ def generate(
     assert ids.ndim == 2 and ids.shape[1] > 0
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    ids = ids.to(device)
+    block_size, weight = model.config.block_size, next(model.parameters())
+    keep = block_size * 3 // 4
+    cache = KVCache(model.config, ids.shape[0], weight.device, weight.dtype)
+    window = new = ids[:, -block_size:].to(weight.device)  # (B, T): what the model sees
     stop = [list(sequence) for sequence in stop]
     written: list[list[int]] = [[] for _ in range(ids.shape[0])]
     ended = [False] * len(written)
     try:
         for _ in range(max_new_tokens):
-            context = ids[:, -model.config.block_size :]  # (B, T)
-            logits = model(context)[:, -1, :]  # (B, V)
+            logits = model(new, cache)[:, -1, :]  # (B, V)
             next_ids = sampling.sample(logits, generator)  # (B,)
-            ids = torch.cat([context, next_ids.to(device)[:, None]], dim=1)
+            new = next_ids.to(weight.device)[:, None]
+            if window.shape[1] == block_size:
+                window = new = torch.cat([window[:, block_size - keep :], new], dim=1)
+                cache.clear()
+            else:
+                window = torch.cat([window, new], dim=1)
             step = [None if end else i for end, i in zip(ended, next_ids.tolist(), strict=True)]
             for row, i in enumerate(step):
                 if i is not None:

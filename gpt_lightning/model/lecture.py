@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt_lightning.model.cache import KVCache
+
 
 @dataclass
 class LectureConfig:
@@ -85,9 +87,10 @@ class LectureConfig:
 class MultiHeadAttention(nn.Module):
     """Masked self-attention: every position gathers from itself and those before it."""
 
-    def __init__(self, config: LectureConfig):
+    def __init__(self, config: LectureConfig, layer: int):
         super().__init__()
-        self.n_head, self.dropout, self.fused = config.n_head, config.dropout, config.fused
+        self.layer, self.n_head = layer, config.n_head
+        self.dropout, self.fused = config.dropout, config.fused
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scaled else 1.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Identity()
@@ -111,9 +114,11 @@ class MultiHeadAttention(nn.Module):
             wei = wei.masked_fill(future, -math.inf)
         return F.softmax(wei, dim=-1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         q, k, v = self.heads(x)
-        if self.fused:  # the same in one call
+        if cache is not None:  # in generation: x are the new tokens only
+            out = cache.attend(self.layer, q, k, v, self.scale)
+        elif self.fused:  # the same as below in one call
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.scale, dropout_p=self.dropout * self.training
             )
@@ -141,19 +146,19 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Communication, then computation, each behind a norm and around a residual connection."""
 
-    def __init__(self, config: LectureConfig):
+    def __init__(self, config: LectureConfig, layer: int):
         super().__init__()
         self.residual = config.residual
         self.ln1 = layer_norm(config)
-        self.sa = MultiHeadAttention(config)
+        self.sa = MultiHeadAttention(config, layer)
         if config.ffwd:
             self.ln2 = layer_norm(config)
             self.ffwd = FeedForward(config)
         else:
             self.ffwd = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.sa(self.ln1(x)) + (x if self.residual else 0)
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = self.sa(self.ln1(x), cache) + (x if self.residual else 0)
         if self.ffwd is not None:
             x = self.ffwd(self.ln2(x)) + (x if self.residual else 0)
         return x  # (B, T, C)
@@ -171,7 +176,7 @@ class LectureGPT(nn.Module):
         self.config = config
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding_table = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = layer_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
         if config.init_std is not None:
@@ -183,14 +188,18 @@ class LectureGPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        T = ids.shape[1]
-        assert self.config.block_size >= T, f"{T} tokens, block_size {self.config.block_size}"
-        positions = torch.arange(T, device=ids.device)
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits of ids (B, T), which in generation go on from what the cache has seen."""
+        start = cache.length if cache else 0
+        stop = start + ids.shape[1]
+        assert self.config.block_size >= stop, f"{stop} tokens, block_size {self.config.block_size}"
+        positions = torch.arange(start, stop, device=ids.device)
         x = self.token_embedding_table(ids) + self.position_embedding_table(positions)  # (B, T, C)
-        x = self.blocks(x)
-        x = self.ln_f(x)
-        return self.lm_head(x)  # (B, T, V)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length = stop
+        return self.lm_head(self.ln_f(x))  # (B, T, V)
 
 
 class Bigram(nn.Module):
@@ -206,7 +215,7 @@ class Bigram(nn.Module):
         if config.init_std is not None:
             nn.init.normal_(self.token_embedding_table.weight, std=config.init_std)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         return self.token_embedding_table(ids)  # (B, T, V)
 
     @torch.no_grad()
