@@ -1,0 +1,58 @@
+"""Keys and values of the tokens so far, kept so that a new token costs one token's work.
+
+Legend: B batch, T time (block_size), H heads, D head size, N tokens so far, n new ones.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class KVCache:
+    """Room for a window of `block_size` tokens, allocated once and filled from the left.
+
+    Args:
+        config: the model's: n_layer, n_head, n_embd, block_size.
+        batch_size: B.
+        device, dtype: of the keys and values.
+
+    Attributes:
+        length: N, the same in every row. The model raises it at the end of its forward.
+        last: (B, 1) the last id, for a model whose embedding looks one token back.
+    """
+
+    def __init__(self, config, batch_size: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys, self.values = (
+            [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+            for _ in range(2)
+        )
+        self.length = 0
+        self.last: torch.Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget all tokens; the room stays."""
+        self.length, self.last = 0, None
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Take in the new tokens' k and v (B, H, n, D), and attend from q to all so far.
+
+        Returns:
+            (B, H, n, D), each new token's gathering from itself and those before it.
+        """
+        n, stop = q.shape[2], self.length + q.shape[2]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.length : stop] = k
+        values[:, :, self.length : stop] = v
+        mask = None
+        if n > 1 and self.length > 0:
+            mask = torch.ones(n, stop, dtype=torch.bool, device=q.device).tril(self.length)
+        return F.scaled_dot_product_attention(
+            q,
+            keys[:, :, :stop],
+            values[:, :, :stop],
+            attn_mask=mask,
+            is_causal=n > 1 and mask is None,
+            scale=scale,
+        )
