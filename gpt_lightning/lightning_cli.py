@@ -36,6 +36,7 @@ from gpt_lightning.messages import nearest
 from gpt_lightning.training.callbacks import GenerateText, RunBar
 from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast, Interrupted
 from gpt_lightning.training.lightning_module import GPTModule
+from gpt_lightning.training.precision import choose_precision
 from gpt_lightning.training.report import closing_table, introduction
 
 DEFAULTS = {
@@ -90,6 +91,7 @@ class GPTCLI(LightningCLI):
 
     def __init__(self, argv: list[str], description: str, folder: Path | None, bar: Callback):
         self.argv, self.folder = argv, folder
+        self.why_precision = ""
         self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
         command = argv[0]
         super().__init__(
@@ -202,6 +204,7 @@ class GPTCLI(LightningCLI):
             )
         if command == "fit":
             refuse_trainer_settings(config)
+            self._choose_precision(config, self._get(self.config_init, "model"))
         try:
             return super().instantiate_trainer(**kwargs)
         # what Lightning raises for a bad setting; a TypeError for a number of devices
@@ -210,6 +213,18 @@ class GPTCLI(LightningCLI):
             flags = [f"--trainer.{key}={config[key]}" for key in named[:1]]
             flags = flags or [flag for flag in self.argv if flag.startswith("--trainer.")]
             raise ValueError(f"{' '.join(flags)}: {error}") from error
+
+    def _choose_precision(self, config: Namespace, model: Any) -> None:
+        """Fill in --trainer.precision where nobody gave it; a resumed run keeps its own."""
+        if config.precision is not None:
+            return
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else device
+        device = "cpu" if config.accelerator == "cpu" else device
+        width = 0 if model.hparams.name == "bigram" else model.net.config.n_embd
+        config.precision, why = choose_precision(device, width)
+        self.config[self.subcommand].trainer.precision = config.precision
+        self.why_precision = f" ({why})"
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -234,7 +249,10 @@ class GPTCLI(LightningCLI):
         self._refuse_what_fails_later()
         if self.trainer.is_global_zero:
             self._keep_config()
-            print(introduction(self.trainer, self.model, self.datamodule), flush=True)
+            print(
+                introduction(self.trainer, self.model, self.datamodule, self.why_precision),
+                flush=True,
+            )
 
     def _refuse_what_fails_later(self) -> None:
         """Raise a ValueError for what would fail or do nothing once the run's folder is made."""

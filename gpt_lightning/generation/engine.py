@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.model.cache import KVCache
+from gpt_lightning.model.attention import KVCache
 
 
 @torch.inference_mode()

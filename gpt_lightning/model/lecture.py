@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning.model.cache import KVCache
+from gpt_lightning.model.attention import KVCache, causal_attention
 
 
 @dataclass
@@ -119,9 +119,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:  # in generation: x are the new tokens only
             out = cache.attend(self.layer, q, k, v, self.scale)
         elif self.fused:  # the same as below in one call
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, dropout_p=self.dropout * self.training
-            )
+            out = causal_attention(q, k, v, self.scale, self.dropout * self.training)
         else:
             out = F.dropout(self.weights(q, k), self.dropout, self.training) @ v
         out = out.transpose(1, 2).reshape(x.shape)  # heads side by side again: (B, T, C)

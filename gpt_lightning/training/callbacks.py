@@ -23,7 +23,7 @@ def stepped(trainer: Trainer, batch_idx: int) -> bool:
 CHARTS = {
     "loss": {"nats per character": ["Multiline", ["train/loss", "val/loss", "val/floor"]]},
     "step": {
-        "learning rate": ["Multiline", ["lr"]],
+        "learning rate": ["Multiline", ["lr", "lr_muon"]],
         "gradient norm": ["Multiline", ["grad_norm"]],
         "characters per second": ["Multiline", ["chars_per_second"]],
     },
@@ -31,8 +31,9 @@ CHARTS = {
 
 
 class RunLog(Callback):
-    """Writes `train/loss` (nats per token, mean over processes and micro-steps), `lr`, `grad_norm`
-    and `chars_per_second` (training alone, all processes) every `log_every_n_steps` steps.
+    """Writes `train/loss` (nats per token, mean over processes and micro-steps), `lr`, `lr_muon`,
+    `grad_norm` and `chars_per_second` (training alone, all processes) every `log_every_n_steps`
+    steps.
 
     A callback and not `self.log` in the step: that costs 0.3 ms on every step, logged or not.
     """
@@ -80,6 +81,9 @@ class RunLog(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "chars_per_second": self.tokens * trainer.world_size / max(self.seconds, 1e-9),
         }
+        for group in trainer.optimizers[0].param_groups:
+            if group.get("muon"):
+                metrics["lr_muon"] = group["lr"]
         if module.grad_norm is not None:
             metrics["grad_norm"] = float(module.grad_norm)
         module.log_to_loggers(metrics)

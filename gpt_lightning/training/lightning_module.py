@@ -1,4 +1,4 @@
-"""The LightningModule: a model, its cross-entropy loss, and AdamW.
+"""The LightningModule: a model, its cross-entropy loss, and its optimizer.
 
 Legend: B batch, T time (block_size), V vocabulary.
 """
@@ -20,11 +20,11 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model import build_model, model_settings
 from gpt_lightning.model.lecture import LectureConfig
 from gpt_lightning.training.callbacks import RunLog
-from gpt_lightning.training.optimizers import adamw, warmup_cosine
+from gpt_lightning.training.optimizers import adamw, muon, scheduled
 
 
 class GPTModule(LightningModule):
-    """A language model in training: next-token cross-entropy, AdamW, warm-up and cosine.
+    """A language model in training: next-token cross-entropy, optimizer, learning rates.
 
     Logged every `trainer.log_every_n_steps` steps (by `callbacks.RunLog`): `train/loss`, `lr`,
     `grad_norm`, `chars_per_second`. At each validation: `val/loss` (nats per
@@ -35,14 +35,17 @@ class GPTModule(LightningModule):
     Args:
         vocab_size: V; from the data module.
         block_size: T, the longest context; from the data module.
-        name: `lecture` (the lecture's final GPT) or `bigram` (its baseline, which ignores the
-            sizes below).
-        learning_rate: AdamW's, at its peak; larger models want less.
-        min_lr: the learning rate that the cosine ends at; a tenth of learning_rate unless given.
-        warmup_steps: steps over which the learning rate rises.
-        lr_decay_steps: the step at which it arrives at min_lr; the run's last unless given. 0
-            keeps it at its peak.
-        weight_decay: AdamW's, on matrices only.
+        name: `gpt` (the modern GPT), `lecture` (the lecture's final one) or `bigram` (its
+            baseline, which ignores the sizes below).
+        optimizer: `muon` (Muon for the matrices inside the blocks, AdamW for the rest) or `adamw`.
+        learning_rate: AdamW's, at its peak.
+        muon_learning_rate: Muon's, at its peak.
+        schedule: how they fall after the warm-up: `linear` or `cosine`.
+        min_lr: where AdamW's ends; Muon's ends at the same share of its peak.
+        warmup_steps: steps over which they rise.
+        lr_decay_steps: the step at which they arrive there; the run's last unless given. 0 keeps
+            them at their peaks.
+        weight_decay: on matrices only; with Muon on its own ones only.
         beta1: AdamW's.
         beta2: AdamW's.
         eval_iters: also estimate the losses as the lecture does, by the mean over so many random
@@ -59,10 +62,13 @@ class GPTModule(LightningModule):
         self,
         vocab_size: int,
         block_size: int,
-        name: Literal["lecture", "bigram"] = "lecture",
-        learning_rate: float = 3e-3,
-        min_lr: float | None = None,
-        warmup_steps: int = 100,
+        name: Literal["gpt", "lecture", "bigram"] = "gpt",
+        optimizer: Literal["muon", "adamw"] = "muon",
+        learning_rate: float = 6e-3,
+        muon_learning_rate: float = 0.04,
+        schedule: Literal["linear", "cosine"] = "linear",
+        min_lr: float = 0.0,
+        warmup_steps: int = 0,
         lr_decay_steps: int | None = None,
         weight_decay: float = 0.1,
         beta1: float = 0.9,
@@ -75,7 +81,8 @@ class GPTModule(LightningModule):
         super().__init__()
         for flag, value in (
             ("learning_rate", learning_rate),
-            ("min_lr", min_lr or 0),
+            ("muon_learning_rate", muon_learning_rate),
+            ("min_lr", min_lr),
             ("weight_decay", weight_decay),
             ("warmup_steps", warmup_steps),
             ("lr_decay_steps", lr_decay_steps or 0),
@@ -115,7 +122,8 @@ class GPTModule(LightningModule):
         hp = self.hparams
         # fused AdamW unscales fp16 gradients itself, after they have been clipped: too late
         fused = self.trainer.precision != "16-mixed"
-        return adamw(self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
+        build = {"adamw": adamw, "muon": muon}[hp.optimizer]
+        return build(self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
 
     def on_train_start(self) -> None:
         # The optimizer's state came from the checkpoint with the settings of that time; those of
@@ -143,18 +151,20 @@ class GPTModule(LightningModule):
         return 0
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+        """AdamW's learning rate at optimizer step `step`, counted from 0."""
         hp = self.hparams
-        low = hp.learning_rate / 10 if hp.min_lr is None else hp.min_lr
-        return warmup_cosine(step, hp.learning_rate, low, hp.warmup_steps, self.decay_steps)
+        peak, low = hp.learning_rate, hp.min_lr
+        return scheduled(step, peak, low, hp.warmup_steps, self.decay_steps, hp.schedule)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Everything that a step draws or follows is a function of (seed, step, micro-step, rank),
         # so that a resumed run takes the same steps. No scheduler: its state would bring the
         # checkpoint's learning rate back over the one that is asked for.
         step = self.global_step
+        rate, hp = self.lr_at(step), self.hparams
+        muon_rate = hp.muon_learning_rate * (rate / hp.learning_rate if hp.learning_rate else 1)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
-            group["lr"] = self.lr_at(step)
+            group["lr"] = muon_rate if group.get("muon") else rate
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         seed_everywhere(self.device, (self.hparams.seed, step, micro_step, self.global_rank))
 

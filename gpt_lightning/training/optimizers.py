@@ -1,4 +1,4 @@
-"""AdamW over two groups of parameters, and the learning rate as a pure function of the step."""
+"""AdamW, Muon with AdamW, and the learning rate as a pure function of the step."""
 
 import math
 
@@ -27,12 +27,15 @@ def adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def warmup_cosine(step: int, peak: float, low: float, warmup_steps: int, decay_steps: int) -> float:
+def scheduled(
+    step: int, peak: float, low: float, warmup_steps: int, decay_steps: int, shape: str = "cosine"
+) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
     Rises in a line over `warmup_steps`, so that step `warmup_steps` is the first at `peak`, then
-    falls along half a cosine and is `low` from step `decay_steps` on. `decay_steps` of 0 or less
-    means that no end is known: it stays at `peak`. A run shorter than its warm-up just rises.
+    falls along half a `cosine` or a `linear` line and is `low` from step `decay_steps` on.
+    `decay_steps` of 0 or less means that no end is known: it stays at `peak`. A run shorter than
+    its warm-up just rises.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
@@ -41,4 +44,113 @@ def warmup_cosine(step: int, peak: float, low: float, warmup_steps: int, decay_s
     if step >= decay_steps:
         return low
     done = (step - warmup_steps) / (decay_steps - warmup_steps)
-    return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+    left = 1 - done if shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return low + (peak - low) * left
+
+
+def muon(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    fused: bool = True,
+) -> "MuonAdamW":
+    """Muon with weight decay for the matrices inside the blocks, AdamW for all else, without.
+
+    Raises:
+        ValueError: for a model that has no such matrices.
+    """
+    blocks = getattr(model, "blocks", nn.ModuleList())
+    hidden = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    if not hidden:
+        raise ValueError("--model.optimizer=muon: this model has no hidden matrices; use adamw")
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
+    groups = [
+        {"params": others, "muon": False, "weight_decay": 0.0},
+        {"params": hidden, "muon": True, "weight_decay": weight_decay},
+    ]
+    fused = fused and hidden[0].device.type in ("cpu", "cuda")
+    return MuonAdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon for the groups that say `muon`, AdamW for the others: one optimizer with one state.
+
+    Muon (Jordan et al. 2024): a matrix moves along its averaged gradient with all singular values
+    brought near 1, so that rare directions learn as fast as frequent ones. torch.optim.Muon takes
+    matrix after matrix and knows no other parameters; this takes all of a size at once.
+
+    Args:
+        groups: parameter groups, each with `muon`; a muon group has matrices only.
+        **settings: as for torch.optim.AdamW.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of all groups; the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self.muon_step(group)
+        return loss
+
+    def muon_step(self, group: dict) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:  # AdamW looks for a step in every state that it loads
+                self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+        grads = [p.grad for p in params]
+        averages = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(averages, grads, 1 - self.momentum)
+        updates = torch._foreach_lerp(grads, averages, self.momentum)  # Nesterov: a step ahead
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, orthogonalise(updates), alpha=-group["lr"])
+
+
+def orthogonalise(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same matrices with singular values near 1, each square of them by itself.
+
+    A matrix may be several squares above or beside each other (queries, keys and values; the wide
+    feed-forward). All squares of a size go through the iteration as one batch.
+    """
+    squares = [list(split(matrix)) for matrix in matrices]
+    batches: dict[torch.Size, list[torch.Tensor]] = {}
+    for square in sum(squares, []):
+        batches.setdefault(square.shape, []).append(square)
+    done = {size: iter(newton_schulz(torch.stack(batch))) for size, batch in batches.items()}
+    return [
+        torch.cat([next(done[part.shape]) for part in parts], dim=int(m.shape[1] > m.shape[0]))
+        for m, parts in zip(matrices, squares, strict=True)
+    ]
+
+
+def split(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(R, C) as squares along its longer side; as it is, if that is no multiple of the shorter."""
+    rows, columns = matrix.shape
+    short, along = min(rows, columns), int(columns > rows)
+    return matrix.split(short, along) if max(rows, columns) % short == 0 else (matrix,)
+
+
+def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(N, R, C) to the same with singular values of about 0.7 to 1.2, computed in bf16.
+
+    Each step is an odd quintic of the matrix, with coefficients that make small singular values
+    grow fastest (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.bfloat16()
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.type_as(x)

@@ -10,8 +10,8 @@ from gpt_lightning.training.checkpointing import BestAndLast
 from gpt_lightning.training.lightning_module import GPTModule
 
 
-def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule) -> str:
-    """Text, model and run, in a line each."""
+def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule, why: str) -> str:
+    """Text, model and run, in a line each; `why` this precision, in brackets or not at all."""
     train, val = (
         sum(stop - start for start, stop in spans) for spans in (data.train_spans, data.val_spans)
     )
@@ -26,7 +26,8 @@ def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule) -> st
         f"vocabulary {data.vocab_size}\n"
         f"model  {model.hparams.name}, {shape}block {hp.block_size}: {parameters:,} parameters\n"
         f"run    {folder} on {device} x {trainer.world_size}, "
-        f"batch {hp.batch_size} x {hp.block_size}"
+        f"batch {hp.batch_size} x {hp.block_size}\n"
+        f"       {model.hparams.optimizer}, {trainer.precision}{why}"
     )
 
 
