@@ -1,3 +1,5 @@
+import copy
+import io
 import math
 
 import pytest
@@ -5,7 +7,14 @@ import torch
 from torch import nn
 
 from gpt_lightning.model import build_model
-from gpt_lightning.training.optimizers import adamw, warmup_cosine
+from gpt_lightning.training.optimizers import (
+    MuonAdamW,
+    adamw,
+    muon,
+    newton_schulz,
+    orthogonalise,
+    scheduled,
+)
 
 SIZES = dict(vocab_size=7, block_size=4, n_layer=1, n_head=2, n_embd=8)
 
@@ -88,11 +97,345 @@ def test_steps_are_those_of_adamw_s_formula():
         assert found == pytest.approx(expected, rel=1e-9)
 
 
+# --- Muon with AdamW ------------------------------------------------------------------------------
+
+BETAS = (0.8, 0.9)
+
+
+def model_and_optimizer(name="gpt", learning_rate=0.02, weight_decay=0.1, fused=True, **sizes):
+    torch.manual_seed(3)
+    model = build_model(name, **{**SIZES, **sizes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model, muon(model, learning_rate, weight_decay, BETAS, fused)
+
+
+def draw_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def muon_of(*matrices, lr=0.1, weight_decay=0.0, **more):
+    """An optimizer of these matrices, all in one muon group."""
+    group = {"params": list(matrices), "muon": True, "weight_decay": weight_decay}
+    return MuonAdamW([group], lr=lr, **more)
+
+
+def matrix(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_matrices_inside_the_blocks_of_the_gpt_are_muon_s():
+    model, optimizer = model_and_optimizer(n_layer=2)
+    block = ["attn.qkv.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight"]
+    assert names_by_decay(model, optimizer) == {
+        0.0: [
+            "token_embedding.weight",
+            "pair_embedding.weight",
+            "blocks.0.attn.mix",
+            "blocks.0.attn.value_embedding.weight",
+            "blocks.1.attn.mix",
+            "blocks.1.attn.value_embedding.weight",
+            "lm_head.weight",
+        ],
+        0.1: [f"blocks.{layer}.{name}" for layer in range(2) for name in block],
+    }
+    assert [group["muon"] for group in optimizer.param_groups] == [False, True]
+    assert all(g["lr"] == 0.02 and g["betas"] == BETAS for g in optimizer.param_groups)
+
+
+def test_matrices_inside_the_blocks_of_the_lecture_s_model_are_muon_s():
+    model, optimizer = model_and_optimizer("lecture")
+    assert names_by_decay(model, optimizer) == {
+        0.0: [
+            "token_embedding_table.weight",
+            "position_embedding_table.weight",
+            "blocks.0.ln1.weight",
+            "blocks.0.ln1.bias",
+            "blocks.0.sa.proj.bias",
+            "blocks.0.ln2.weight",
+            "blocks.0.ln2.bias",
+            "blocks.0.ffwd.net.0.bias",
+            "blocks.0.ffwd.net.2.bias",
+            "ln_f.weight",
+            "ln_f.bias",
+            "lm_head.weight",
+            "lm_head.bias",
+        ],
+        0.1: [
+            "blocks.0.sa.qkv.weight",
+            "blocks.0.sa.proj.weight",
+            "blocks.0.ffwd.net.0.weight",
+            "blocks.0.ffwd.net.2.weight",
+        ],
+    }
+    assert [group["muon"] for group in optimizer.param_groups] == [False, True]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("bigram", {}), ("lecture", dict(n_layer=0))])
+def test_a_model_without_such_matrices_is_refused_in_one_line(name, sizes):
+    with pytest.raises(ValueError) as error:
+        muon(build_model(name, **{**SIZES, **sizes}), 0.02, 0.1, BETAS)
+    message = str(error.value)
+    assert message.startswith("--model.optimizer=muon") and "adamw" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["gpt", "lecture"])
+def test_all_else_takes_the_very_steps_of_torch_s_adamw(name, fused):
+    model, optimizer = model_and_optimizer(name, fused=fused)
+    others = optimizer.param_groups[0]["params"]
+    twins = [p.detach().clone().requires_grad_() for p in others]
+    plain = torch.optim.AdamW(twins, lr=0.02, betas=BETAS, weight_decay=0.0, fused=fused)
+    for step in range(6):
+        draw_gradients(model, step)
+        for p, twin in zip(others, twins, strict=True):
+            twin.grad = p.grad.clone()
+        for group in optimizer.param_groups + plain.param_groups:
+            group["lr"] = 0.02 / (step + 1)  # as a schedule sets it
+        optimizer.step()
+        plain.step()
+        for p, twin in zip(others, twins, strict=True):
+            assert torch.equal(p, twin)
+
+
+def test_a_matrix_moves_along_its_averaged_gradient_with_singular_values_near_1():
+    lr, decay, p = 0.1, 0.5, nn.Parameter(matrix(16, 16))
+    optimizer = muon_of(p, lr=lr, weight_decay=decay)
+    average = torch.zeros(16, 16).double()
+    for step in range(5):
+        p.grad = matrix(16, 16, seed=step + 11)
+        average = 0.95 * average + 0.05 * p.grad.double()
+        ahead = 0.05 * p.grad.double() + 0.95 * average
+        before = p.detach().clone()
+        optimizer.step()
+        update = ((before * (1 - lr * decay) - p.detach()) / lr).double()
+        u, sizes, vh = torch.linalg.svd(ahead)
+        assert sizes[-1] / sizes.norm() > 0.005  # smaller ones would need more than five steps
+        found = u.T @ update @ vh.T
+        values = found.diagonal()
+        assert values.min() > 0.6 and values.max() < 1.25
+        assert (found - values.diag()).norm() < 0.15  # the directions stay
+        assert torch.cosine_similarity(update.flatten(), (u @ vh).flatten(), dim=0) > 0.97
+
+
+def test_singular_values_of_every_size_come_near_1():
+    U, V = (torch.linalg.qr(matrix(24, 24, seed))[0] for seed in (1, 2))
+    S = torch.logspace(0, -2, 24)
+    for factor in (1e-6, 1.0, 1e6):
+        found = newton_schulz((U * S @ V.T * factor)[None])[0]
+        values = torch.diagonal(U.T @ found @ V)
+        assert values.min() > 0.6 and values.max() < 1.25
+        assert (found - U * values @ V.T).norm() < 0.1  # the directions stay
+    assert newton_schulz(torch.zeros(2, 3, 3)).tolist() == torch.zeros(2, 3, 3).tolist()
+
+
+def test_a_square_matrix_takes_the_steps_of_torch_s_muon():
+    p, twin = (nn.Parameter(matrix(32, 32)) for _ in range(2))
+    ours = muon_of(p, lr=0.1, weight_decay=0.3)
+    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True)
+    for step in range(6):
+        p.grad = matrix(32, 32, seed=step + 1)
+        twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        # bf16 knows three digits; a step has entries of about 0.1 / sqrt(32) = 0.02
+        torch.testing.assert_close(p, twin, atol=0.002 * (step + 1), rtol=0)
+        assert (p - twin).square().mean().sqrt() < 0.0004 * (step + 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "along"), [((48, 16), 0), ((64, 16), 0), ((16, 64), 1), ((16, 16), 0), ((16, 16), 1)]
+)
+def test_each_square_of_a_matrix_is_taken_by_itself(shape, along):
+    grad = matrix(*shape)
+    squares = [s * 10.0**-i for i, s in enumerate(grad.split(16, along))]  # of unequal weight
+    (found,) = orthogonalise([torch.cat(squares, along)])
+    alone = torch.cat([newton_schulz(s[None])[0] for s in squares], along)
+    torch.testing.assert_close(found, alone, atol=0.02, rtol=0)
+    p, parts = (
+        nn.Parameter(torch.zeros(shape)),
+        [nn.Parameter(torch.zeros(16, 16)) for _ in squares],
+    )
+    p.grad = torch.cat(squares, along)
+    for part, square in zip(parts, squares, strict=True):
+        part.grad = square.clone()
+    muon_of(p, lr=1.0).step()
+    muon_of(*parts, lr=1.0).step()
+    torch.testing.assert_close(p, torch.cat(parts, along), atol=0.02, rtol=0)
+    for square in p.detach().split(16, along):
+        assert 0.6 < torch.linalg.svdvals(square)[8] < 1.25
+
+
+def test_matrices_of_many_sizes_each_get_their_own_back():
+    shapes = [(8, 8), (24, 8), (4, 4), (8, 32), (5, 8), (8, 8), (8, 5), (4, 8)]
+    matrices = [matrix(*shape, seed=i) for i, shape in enumerate(shapes)]
+    before = [m.clone() for m in matrices]
+    for m, found in zip(before, orthogonalise(matrices), strict=True):
+        (alone,) = orthogonalise([m])
+        assert found.shape == m.shape and found.dtype == m.dtype
+        torch.testing.assert_close(found, alone, atol=0.02, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(matrices, before, strict=True))
+
+
+def test_a_matrix_that_is_no_row_of_squares_is_taken_whole():
+    for shape in [(5, 8), (8, 5), (20, 16)]:
+        U, S, Vh = torch.linalg.svd(matrix(*shape), full_matrices=False)
+        (found,) = orthogonalise([U * torch.linspace(1, 0.1, len(S)) @ Vh])
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.6 and values.max() < 1.25
+
+
+def test_weight_decay_pulls_on_muon_s_matrices_only():
+    model, optimizer = model_and_optimizer(weight_decay=0.5)
+    before = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    hidden = {id(p) for p in optimizer.param_groups[1]["params"]}
+    for p, old in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, old * (1 - 0.02 * 0.5 * (id(p) in hidden)))
+
+
+def test_parameters_without_a_gradient_stay():
+    model, optimizer = model_and_optimizer()
+    draw_gradients(model, 0)
+    left = [model.blocks[0].attn.proj.weight, model.lm_head.weight]
+    for parameter in left:
+        parameter.grad = None
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert same == ["blocks.0.attn.proj.weight", "lm_head.weight"]
+    assert not any(optimizer.state.get(p) for p in left)
+    draw_gradients(model, 1)  # one that comes later starts from its own first step
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in left] == [1, 1]
+
+
+def test_without_any_gradient_nothing_happens():
+    model, optimizer = model_and_optimizer()
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_gradients_are_left_as_they_are():
+    model, optimizer = model_and_optimizer()
+    draw_gradients(model, 0)
+    before = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_saved_optimizer_goes_on_as_if_it_had_never_stopped():
+    model, optimizer = model_and_optimizer(n_layer=2)
+    for step in range(3):
+        draw_gradients(model, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, fresh = model_and_optimizer(n_layer=2, learning_rate=9.0)
+    again.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    assert [group["muon"] for group in fresh.param_groups] == [False, True]
+    assert [group["lr"] for group in fresh.param_groups] == [0.02, 0.02]
+    for step in range(3, 7):
+        draw_gradients(model, step)
+        draw_gradients(again, step)
+        optimizer.step()
+        fresh.step()
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+        ours, theirs = optimizer.state[a], fresh.state[b]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_each_kind_of_parameter_has_its_state():
+    model, optimizer = model_and_optimizer()
+    for step in range(2):
+        draw_gradients(model, step)
+        optimizer.step()
+    others, hidden = (group["params"] for group in optimizer.param_groups)
+    assert all(optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"} for p in others)
+    assert all(optimizer.state[p].keys() == {"step", "momentum"} for p in hidden)
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_the_closure_is_run_once_with_gradients_and_its_loss_returned():
+    (model, optimizer), (twin, plain) = model_and_optimizer(), model_and_optimizer()
+    ids, losses = torch.tensor([[1, 2, 3, 4]]), []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(model(ids).square().mean())
+        losses[-1].backward()
+        return losses[-1]
+
+    assert optimizer.step(closure) is losses[0] and len(losses) == 1
+    twin(ids).square().mean().backward()
+    assert plain.step() is None
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_the_groups_are_the_same_after_a_step():
+    model, optimizer = model_and_optimizer()
+    groups = optimizer.param_groups
+    draw_gradients(model, 0)
+    optimizer.step()
+    assert optimizer.param_groups is groups and len(groups) == 2
+
+
+def test_the_groups_are_the_same_after_a_step_that_fails():
+    model, optimizer = model_and_optimizer()
+    groups = optimizer.param_groups
+    draw_gradients(model, 0)
+    model.lm_head.weight.grad = model.lm_head.weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert optimizer.param_groups is groups
+
+
+def test_hooks_of_a_step_are_run_once():
+    model, optimizer = model_and_optimizer()
+    adamw(model, 1e-3, 0.1, BETAS)  # that torch has prepared AdamW's own step makes no difference
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    draw_gradients(model, 0)
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("name", ["gpt", "lecture"])
+def test_it_learns(name):
+    model, optimizer = model_and_optimizer(name, n_embd=16)
+    ids = torch.randint(7, (8, 5), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(60):
+        logits = model(ids[:, :-1])
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
 # --- the learning rate ----------------------------------------------------------------------------
 
 
-def rates(steps, *settings):
-    return [warmup_cosine(step, *settings) for step in range(steps)]
+def rates(steps, *settings, **more):
+    return [scheduled(step, *settings, **more) for step in range(steps)]
 
 
 def test_learning_rates_are_these():
@@ -100,6 +443,15 @@ def test_learning_rates_are_these():
     expected += [0.96574579, 0.86819805, 0.72220754, 0.55, 0.37779246, 0.23180195, 0.13425421]
     expected += [0.1, 0.1, 0.1]  # from step 12 on
     assert rates(15, 1.0, 0.1, 4, 12) == pytest.approx(expected, abs=1e-8)
+
+
+def test_learning_rates_of_a_linear_fall_are_these():
+    expected = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125]
+    expected += [0.1, 0.1, 0.1]  # from step 12 on
+    assert rates(15, 1.0, 0.1, 4, 12, shape="linear") == pytest.approx(expected)
+    assert rates(4, 1.0, 0.0, 0, 2, shape="linear") == [1.0, 0.5, 0.0, 0.0]
+    assert rates(4, 1.0, 0.1, 9, 3, shape="linear") == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert rates(5, 1.0, 0.1, 1, 0, shape="linear") == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_without_warmup_the_first_step_is_at_the_peak():
@@ -116,7 +468,7 @@ def test_a_warmup_longer_than_the_run_just_rises():
 def test_without_a_known_end_it_stays_at_the_peak(decay_steps):
     expected = [0.5, 1.0, 1.5] + [2.0] * 5
     assert rates(8, 2.0, 0.1, 3, decay_steps) == pytest.approx(expected)
-    assert warmup_cosine(10**9, 2.0, 0.1, 3, decay_steps) == 2.0
+    assert scheduled(10**9, 2.0, 0.1, 3, decay_steps) == 2.0
 
 
 def test_a_floor_at_the_peak_gives_a_constant_rate():

@@ -1,5 +1,6 @@
 """AdamW, Muon with AdamW, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
 
 import torch
@@ -96,8 +97,11 @@ class MuonAdamW(torch.optim.AdamW):
                 loss = closure()
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
-        super().step()
-        self.param_groups = groups
+        try:
+            # torch wraps a class's step with its hooks, which this step has around it already
+            inspect.unwrap(torch.optim.AdamW.step)(self)
+        finally:
+            self.param_groups = groups
         for group in groups:
             if group["muon"]:
                 self.muon_step(group)
@@ -105,6 +109,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     def muon_step(self, group: dict) -> None:
         params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
         for p in params:
             if not self.state[p]:  # AdamW looks for a step in every state that it loads
                 self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
