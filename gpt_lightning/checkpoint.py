@@ -142,7 +142,8 @@ def refuse_mismatch(
             f"--ckpt_path={path} has settings of the model that this version does not know: use "
             "the gpt_lightning that wrote it"
         ) from error
-    for name in sorted(stored.keys() | ours["model"].keys()):
+    # another model has other settings altogether, so its name comes first
+    for name in sorted(stored.keys() | ours["model"].keys(), key=lambda n: (n != "name", n)):
         theirs, mine = stored.get(name), ours["model"].get(name)
         # what does not change the weights' shapes or meaning may differ
         if theirs != mine and name not in ("vocab_size", "dropout", "init_std", "fused"):

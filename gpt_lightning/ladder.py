@@ -268,7 +268,11 @@ def counted_row(config: dict) -> Row:
     """The bigram by counting pairs, on a run's text: the loss that its training arrives at."""
     data = TextDataModule(**config["data"])
     model = GPTModule(
-        data.vocab_size, data.hparams.block_size, "bigram", eval_iters=config["model"]["eval_iters"]
+        data.vocab_size,
+        data.hparams.block_size,
+        name="bigram",
+        optimizer="adamw",
+        eval_iters=config["model"]["eval_iters"],
     )
     pieces = [torch.from_numpy(data.tokens[a:b].astype("int64")) for a, b in data.train_spans]
     model.net.count(pieces)

@@ -148,13 +148,22 @@ class GPTCLI(LightningCLI):
         path = find_checkpoint(which, given.trainer.default_root_dir or ".")
         self.checkpoint = read_checkpoint(path)
         stored = yaml.safe_load(self.checkpoint[KEY].get("config") or "{}")
-        stored = {key: value for key, value in stored.items() if key in STORED}
+        stored = as_it_was({key: value for key, value in stored.items() if key in STORED})
         if command != "fit":  # another text may be given, in the same vocabulary
             state = self.checkpoint[KEY]["tokenizer"]
             stored.setdefault("data", {})["vocabulary"] = state.get("vocabulary")
         argv = [command, "--config", yaml.safe_dump(stored, allow_unicode=True), *self.argv[1:]]
         self.config = self._parse(parser, argv)
         self.config[command].ckpt_path = str(path)
+        ours, theirs = (
+            self.config[command].model.optimizer,
+            stored.get("model", {}).get("optimizer"),
+        )
+        if command == "fit" and theirs not in (None, ours):
+            raise ValueError(
+                f"--model.optimizer={ours} cannot take over the state of {theirs} in "
+                f"--ckpt_path={path}; leave the flag away, or train anew without --ckpt_path"
+            )
 
     def _parse(self, parser: LightningArgumentParser, argv: list[str]) -> Namespace:
         try:
@@ -325,6 +334,17 @@ class GPTCLI(LightningCLI):
             path, n = folder / f"predictions-{n}.npz", n + 1
         np.savez(path, ids=ids, nats=nats)
         print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
+
+
+def as_it_was(stored: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, with what went without saying before there was a choice."""
+    model, trainer = stored.get("model"), stored.get("trainer")
+    if model and trainer and "optimizer" not in model:
+        model |= {"optimizer": "adamw", "schedule": "cosine"}
+        if model["min_lr"] is None:
+            model["min_lr"] = model["learning_rate"] / 10
+        trainer["precision"] = trainer["precision"] or "32-true"
+    return stored
 
 
 def refuse_trainer_settings(config: Namespace) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gpt_lightning.cli import main
+from gpt_lightning.lightning_cli import as_it_was
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -163,3 +164,12 @@ def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("fit", "--data.corpus=playwright:3:9000", *QUICK, "--trainer.fast_dev_run=2") == 0
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_goes_on_as_it_was():
+    model = {"name": "lecture", "learning_rate": 1e-3, "min_lr": None}
+    stored = as_it_was({"model": model, "trainer": {"precision": None}})
+    assert stored["model"]["optimizer"] == "adamw" and stored["model"]["schedule"] == "cosine"
+    assert stored["model"]["min_lr"] == 1e-4 and stored["trainer"]["precision"] == "32-true"
+    new = {"model": {"optimizer": "muon", "min_lr": 0.0}, "trainer": {"precision": "bf16-mixed"}}
+    assert as_it_was(dict(new)) == new and as_it_was({}) == {}

@@ -183,10 +183,16 @@ def test_tinyshakespeare_offline_says_which_file_to_put_where(tmp_path, refused,
         ("--model.weight_decay=-1", ["must be 0 or more"]),
         ("--model.warmup_steps=-1", ["must be 0 or more"]),
         ("--model.min_lr=-1", ["must be 0 or more"]),
+        ("--model.muon_learning_rate=-1", ["must be 0 or more"]),
+        ("--model.optimizer=sgd", ["expected 'muon', 'adamw'"]),
+        ("--model.schedule=step", ["expected 'linear', 'cosine'"]),
+        ("--model.n_layer=0", ["must be at least 1"]),
+        ("--model.n_embd=18", ["not divisible by twice --model.n_head=2"]),
+        ("--model.residual=false", ["=False is a setting of --model.name=lecture"]),
         ("--model.lr_decay_steps=-1", ["must be 0 or more"]),
         ("--model.init_std=-1", ["must be 0 or more"]),
         ("--sample.top_k=0", ["must be at least 1"]),
-        ("--model.name=gtp", ["expected 'lecture', 'bigram'"]),
+        ("--model.name=gtp", ["expected 'gpt', 'lecture', 'bigram'"]),
         ("--checkpoint.every_n_train_steps=-1", ["must be 0 or more"]),
         ("--sample.every_n_steps=-1", ["must be 0 or more"]),
         ("--sample.max_new_tokens=0", ["must be at least 1"]),
@@ -216,7 +222,11 @@ def test_tinyshakespeare_offline_says_which_file_to_put_where(tmp_path, refused,
 )
 def test_a_value_that_cannot_be(refused, flag, parts):
     given, _, value = flag.partition("=")
-    refused([*FIT, flag], given, value, *parts)
+    refused([*FIT, flag], given, value.capitalize() if value == "false" else value, *parts)
+
+
+def test_a_model_that_muon_has_nothing_to_do_in(refused):
+    refused([*FIT, "--model.name=bigram"], "--model.optimizer=muon", "use adamw")
 
 
 def test_validating_within_an_epoch_that_is_shorter(refused):
@@ -460,13 +470,18 @@ def test_no_run_yet(elsewhere, refused, command):
     [
         ("--model.n_embd=32", "n_embd=16"),
         ("--model.n_layer=2", "n_layer=1"),
-        ("--model.name=bigram", "name=lecture"),
+        ("--model.name=lecture", "name=gpt"),
         ("--data.block_size=16", "block_size=8"),
     ],
 )
 def test_a_checkpoint_of_another_architecture(refused, command, flag, part):
     parts = [f"{flag} does not fit --ckpt_path=", "last.ckpt", part, "without --ckpt_path"]
     refused([*command, "--ckpt_path=last", flag], *parts)
+
+
+def test_going_on_with_another_optimizer(refused):
+    parts = ["--model.optimizer=adamw", "last.ckpt", "muon"]
+    refused([*RESUME, "--ckpt_path=last", "--model.optimizer=adamw"], *parts)
 
 
 def test_weights_that_are_not_of_the_checkpoints_own_model(here, refused):

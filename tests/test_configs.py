@@ -16,6 +16,7 @@ QUICK = [
     "--trainer.max_steps=2",
     "--trainer.val_check_interval=2",
     "--trainer.limit_val_batches=1",
+    "--model.eval_iters=2",
     "--sample.every_n_steps=2",
     "--sample.max_new_tokens=5",
 ]

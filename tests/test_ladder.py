@@ -17,7 +17,7 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "lecture"
 LOW = """\
 # The table: a bigram.
 data: {corpus: "playwright:3:9000", block_size: 8, batch_size: 4}
-model: {name: bigram, eval_iters: 3, learning_rate: 1.0e-2}
+model: {name: bigram, optimizer: adamw, eval_iters: 3, learning_rate: 1.0e-2}
 trainer: {max_steps: 6, val_check_interval: 3, log_every_n_steps: 1}
 checkpoint: {every_n_train_steps: 2}
 sample: {every_n_steps: 0}

@@ -604,7 +604,7 @@ def test_a_wide_feed_forward_needs_its_projection(ffwd):
 def test_an_unknown_model_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError) as error:
         build_model("lectern", **GOOD)
-    assert str(error.value) == "--model.name=lectern is unknown; choose one of lecture, bigram"
+    assert str(error.value) == "--model.name=lectern is unknown; choose one of gpt, lecture, bigram"
 
 
 @pytest.mark.parametrize("name", ["lecture", "bigram"])

@@ -32,6 +32,7 @@ FIT = [
     "--sample.max_new_tokens=20",
 ]
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=6"]
+LECTURE = ["--model.name=lecture", "--model.optimizer=adamw", "--model.learning_rate=3e-3"]
 
 
 def command(*flags: str) -> list[str]:
@@ -127,7 +128,7 @@ def test_tensorboard_reads_every_series(uninterrupted):
     found = series(uninterrupted)
     every_10 = list(range(10, STEPS + 1, 10))
     validations = [150, 300, 450, 600, 700]  # the last step too, though 150 does not divide it
-    for tag in ("train/loss", "lr", "grad_norm", "chars_per_second"):
+    for tag in ("train/loss", "lr", "lr_muon", "grad_norm", "chars_per_second"):
         assert [step for step, _ in found[tag]] == every_10, tag
     for tag in ("val/loss", "val/bpc", "val/floor"):
         assert [step for step, _ in found[tag]] == validations, tag
@@ -151,6 +152,24 @@ def test_resume_after_sigkill_gives_identical_weights_and_curves(workers, uninte
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--trainer.precision=bf16-mixed"], "muon, bf16-mixed"),
+        ([*LECTURE, "--model.warmup_steps=100", "--model.schedule=cosine"], "adamw, 32-true"),
+    ],
+)
+def test_resume_after_sigkill_in_bf16_and_with_adamw(flags, said, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    fit(whole, *FIT, *flags)
+    assert kill_within(killed, 4, signal.SIGKILL, *FIT, *flags) == -signal.SIGKILL
+    assert checkpoint(killed)["global_step"] < STEPS
+    fit(killed, "fit", "--ckpt_path=last")
+    assert (killed / "log.txt").read_text().count(said) == 2  # of the resumed run too
+    assert_equal_runs(whole, killed)
+    assert_equal_curves(whole, killed)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_the_step_and_resumes_exactly(sign, uninterrupted, tmp_path):
     folder = tmp_path / "stopped"
@@ -164,19 +183,25 @@ def test_interrupt_saves_the_step_and_resumes_exactly(sign, uninterrupted, tmp_p
     assert_equal_curves(uninterrupted, folder)
 
 
-def test_two_processes_with_half_the_batch_follow_one(tmp_path):
+# Muon rounds to bf16: a number that falls the other way grows to 2% of a matrix in these 60 steps.
+# Without the other process's gradients it would be 90%, and the losses 0.1 apart.
+@pytest.mark.parametrize(
+    "flags, share, nats", [([], 0.1, 5e-3), (LECTURE, 1e-3, 2e-4)], ids=["muon", "adamw"]
+)
+def test_two_processes_with_half_the_batch_follow_one(flags, share, nats, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*FIT, "--model.dropout=0", "--trainer.max_steps=60", "--trainer.val_check_interval=30"]
+    flags = [*FIT, *flags, "--model.dropout=0", "--trainer.max_steps=60",
+             "--trainer.val_check_interval=30"]  # fmt: skip
     fit(one, *flags)
     fit(two, *flags, *DDP)
     a, b = checkpoint(one)["state_dict"], checkpoint(two)["state_dict"]
     for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], atol=2e-5, rtol=2e-4)
+        assert (tensor - b[name]).norm() <= share * tensor.norm(), name
     for tag in ("train/loss", "val/loss"):
         one_series, two_series = series(one)[tag], series(two)[tag]
         assert [s for s, _ in one_series] == [s for s, _ in two_series]
         values = [[v for _, v in points] for points in (one_series, two_series)]
-        assert values[0] == pytest.approx(values[1], abs=2e-4)
+        assert values[0] == pytest.approx(values[1], abs=nats)
 
 
 def test_resume_after_sigkill_in_two_processes(tmp_path):
@@ -194,13 +219,14 @@ def test_flags_win_over_the_checkpoint_and_later_states_are_kept(uninterrupted, 
     subprocess.run(["cp", "-r", uninterrupted, folder], check=True)
     run = folder / "lightning_logs/version_0"
     fit(folder, "fit", "--ckpt_path=last", f"--trainer.max_steps={STEPS + 20}",
-        "--model.learning_rate=0.5", "--model.min_lr=0.5", "--model.weight_decay=0.3",
-        "--data.batch_size=10")  # fmt: skip
+        "--model.learning_rate=0.5", "--model.min_lr=0.5", "--model.muon_learning_rate=0.03",
+        "--model.weight_decay=0.3", "--data.batch_size=10")  # fmt: skip
     last = checkpoint(folder)
     groups = last["optimizer_states"][0]["param_groups"]
     assert last["global_step"] == STEPS + 20
-    assert [group["lr"] for group in groups] == [0.5, 0.5]
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [group["muon"] for group in groups] == [False, True]
+    assert [group["lr"] for group in groups] == [0.5, 0.03]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.3]
     assert last["hyper_parameters"]["dropout"] == 0.2  # not given, so the checkpoint's
     assert last["datamodule_hyper_parameters"]["batch_size"] == 10
     assert sorted(p.name for p in run.glob("config*")) == [

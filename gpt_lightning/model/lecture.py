@@ -87,7 +87,7 @@ class LectureConfig:
 class MultiHeadAttention(nn.Module):
     """Masked self-attention: every position gathers from itself and those before it."""
 
-    def __init__(self, config: LectureConfig, layer: int):
+    def __init__(self, config: LectureConfig, layer: int = 0):
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
         self.dropout, self.fused = config.dropout, config.fused

@@ -64,8 +64,8 @@ class GPTModule(LightningModule):
         block_size: int,
         name: Literal["gpt", "lecture", "bigram"] = "gpt",
         optimizer: Literal["muon", "adamw"] = "muon",
-        learning_rate: float = 6e-3,
-        muon_learning_rate: float = 0.04,
+        learning_rate: float = 4e-3,
+        muon_learning_rate: float = 0.02,
         schedule: Literal["linear", "cosine"] = "linear",
         min_lr: float = 0.0,
         warmup_steps: int = 0,
@@ -97,6 +97,8 @@ class GPTModule(LightningModule):
         # named here, and not in build_model alone, so that the command line finds its fields
         config = LectureConfig(vocab_size=vocab_size, block_size=block_size, **architecture)
         self.net = build_model(name, **asdict(config))
+        if optimizer == "muon":
+            muon(self.net, learning_rate, weight_decay, (beta1, beta2))  # refuses what it cannot do
         self.val_loss = MeanMetric()
         self.grad_norm: torch.Tensor | None = None
         self.run_config: str | None = None  # YAML: what the command line was told, for resuming

@@ -49,6 +49,12 @@ def scheduled(
     return low + (peak - low) * left
 
 
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear layers inside a model's blocks."""
+    blocks = getattr(model, "blocks", nn.ModuleList())
+    return [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+
+
 def muon(
     model: nn.Module,
     learning_rate: float,
@@ -61,8 +67,7 @@ def muon(
     Raises:
         ValueError: for a model that has no such matrices.
     """
-    blocks = getattr(model, "blocks", nn.ModuleList())
-    hidden = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    hidden = hidden_matrices(model)
     if not hidden:
         raise ValueError("--model.optimizer=muon: this model has no hidden matrices; use adamw")
     others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
