@@ -20,7 +20,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model import build_model, model_settings
 from gpt_lightning.model.lecture import LectureConfig
 from gpt_lightning.training.callbacks import RunLog
-from gpt_lightning.training.optimizers import adamw, muon, scheduled
+from gpt_lightning.training.optimizers import adamw, hidden_matrices, muon, scheduled
 
 
 class GPTModule(LightningModule):
@@ -98,7 +98,7 @@ class GPTModule(LightningModule):
         config = LectureConfig(vocab_size=vocab_size, block_size=block_size, **architecture)
         self.net = build_model(name, **asdict(config))
         if optimizer == "muon":
-            muon(self.net, learning_rate, weight_decay, (beta1, beta2))  # refuses what it cannot do
+            hidden_matrices(self.net)  # refused here if there are none, before a run has its folder
         self.val_loss = MeanMetric()
         self.grad_norm: torch.Tensor | None = None
         self.run_config: str | None = None  # YAML: what the command line was told, for resuming

@@ -50,9 +50,16 @@ def scheduled(
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers inside a model's blocks."""
+    """The weights of the linear layers inside a model's blocks: what Muon is for.
+
+    Raises:
+        ValueError: for a model that has none.
+    """
     blocks = getattr(model, "blocks", nn.ModuleList())
-    return [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    found = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise ValueError("--model.optimizer=muon: this model has no hidden matrices; use adamw")
+    return found
 
 
 def muon(
@@ -62,14 +69,12 @@ def muon(
     betas: tuple[float, float],
     fused: bool = True,
 ) -> "MuonAdamW":
-    """Muon with weight decay for the matrices inside the blocks, AdamW for all else, without.
+    """Muon with weight decay for the hidden matrices, AdamW for all else, without.
 
     Raises:
-        ValueError: for a model that has no such matrices.
+        ValueError: for a model that has no hidden matrices.
     """
     hidden = hidden_matrices(model)
-    if not hidden:
-        raise ValueError("--model.optimizer=muon: this model has no hidden matrices; use adamw")
     others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
     groups = [
         {"params": others, "muon": False, "weight_decay": 0.0},
