@@ -10,7 +10,7 @@ from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_config, build_model, model_settings
 from gpt_lightning.model.attention import KVCache, causal_attention
-from gpt_lightning.model.gpt import GPT, PAIRS, GPTConfig
+from gpt_lightning.model.gpt import GPT, PAIRS, Block, GPTConfig
 from gpt_lightning.model.lecture import LectureConfig
 
 SIZES = dict(vocab_size=9, block_size=6, n_layer=2, n_head=2, n_embd=16)
@@ -67,13 +67,12 @@ def reference(weights, config, ids):
     for layer in range(config.n_layer):
         block = f"blocks.{layer}."
         wq, wk, wv = w[block + "attn.qkv.weight"].split(C)
-        mix = w[block + "attn.mix"]
         own = w[block + "attn.value_embedding.weight"][ids]
         h, heads = standard(x), []
         for head in range(H):
             its = slice(head * D, (head + 1) * D)
             q, k = turned(standard(h @ wq[its].T)), turned(standard(h @ wk[its].T))
-            v = mix[0] * (h @ wv[its].T) + mix[1] * own[:, its]
+            v = h @ wv[its].T + own[:, its]
             out = []
             for t in range(T):
                 scores = torch.stack([q[t] @ k[s] / math.sqrt(D) for s in range(t + 1)])
@@ -165,7 +164,6 @@ def test_names_and_shapes_of_the_weights_stay():
     assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == {
         "token_embedding.weight": (9, 16),
         "pair_embedding.weight": (81, 16),
-        "blocks.0.attn.mix": (2,),
         "blocks.0.attn.qkv.weight": (48, 16),
         "blocks.0.attn.proj.weight": (16, 16),
         "blocks.0.attn.value_embedding.weight": (9, 16),
@@ -368,6 +366,27 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(ids), first) and not torch.allclose(first, expected)
     torch.manual_seed(1)
     assert torch.equal(model(ids), first)
+
+
+def test_dropout_takes_the_same_channels_at_all_positions_and_keeps_the_mean():
+    block = Block(GPTConfig(**{**SIZES, "n_embd": 4000, "dropout": 0.25}), layer=0).train()
+    torch.manual_seed(1)
+    dropped = block.drop(torch.ones(2, 6, 4000))
+    assert torch.equal(dropped, dropped[:, :1].expand(-1, 6, -1))
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert not torch.equal(dropped[0], dropped[1])  # each window has its own
+    assert (dropped[:, 0] == 0).float().mean(1).sub(0.25).abs().max() < 0.03
+
+
+def test_under_autocast_the_stream_is_narrow_and_the_logits_are_those_of_fp32_nearly():
+    model, ids = perturbed(), some_ids(2, 6)
+    found = []
+    model.blocks[1].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].dtype))
+    wide = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(ids)
+    assert found == [torch.float32, torch.bfloat16]
+    assert (narrow - wide).norm() / wide.norm() < 0.03
 
 
 def test_generation_drops_nothing_and_leaves_the_model_in_training():

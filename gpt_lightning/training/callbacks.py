@@ -40,7 +40,8 @@ class RunLog(Callback):
 
     def __init__(self):
         self.loss: torch.Tensor | float = 0.0
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds = 0, 0.0  # since the last line
+        self.all_seconds = 0.0  # of training alone, since its start
         self.since: float | None = None  # when training last went on
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -53,7 +54,9 @@ class RunLog(Callback):
     def pause(self) -> None:
         """Stop the clock: what follows is not training. It goes on with the next batch."""
         if self.since is not None:
-            self.seconds += time.perf_counter() - self.since
+            passed = time.perf_counter() - self.since
+            self.seconds += passed
+            self.all_seconds += passed
             self.since = None
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -92,6 +95,7 @@ class RunLog(Callback):
         self.since = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.pause()
         losses = [getattr(c, "best_val_loss", math.inf) for c in trainer.checkpoint_callbacks]
         best = min(losses, default=math.inf)
         for logger in trainer.loggers:

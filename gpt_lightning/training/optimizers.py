@@ -134,31 +134,25 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalise(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same matrices with singular values near 1, each square of them by itself.
+    """The same matrices with singular values near the square root of long side over short side.
 
-    A matrix may be several squares above or beside each other (queries, keys and values; the wide
-    feed-forward). All squares of a size go through the iteration as one batch.
+    So a matrix of any shape changes by about as much per entry as a square one does. All of a size
+    go through the iteration as one batch, a tall one lying on its side.
     """
-    squares = [list(split(matrix)) for matrix in matrices]
-    batches: dict[torch.Size, list[torch.Tensor]] = {}
-    for square in sum(squares, []):
-        batches.setdefault(square.shape, []).append(square)
-    done = {size: iter(newton_schulz(torch.stack(batch))) for size, batch in batches.items()}
-    return [
-        torch.cat([next(done[part.shape]) for part in parts], dim=int(m.shape[1] > m.shape[0]))
-        for m, parts in zip(matrices, squares, strict=True)
-    ]
-
-
-def split(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(R, C) as squares along its longer side; as it is, if that is no multiple of the shorter."""
-    rows, columns = matrix.shape
-    short, along = min(rows, columns), int(columns > rows)
-    return matrix.split(short, along) if max(rows, columns) % short == 0 else (matrix,)
+    done: list[torch.Tensor] = [torch.empty(0)] * len(matrices)
+    batches: dict[tuple[int, int], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        batches.setdefault((min(matrix.shape), max(matrix.shape)), []).append(i)
+    for (short, long), batch in batches.items():
+        lying = [matrices[i] if matrices[i].shape[0] == short else matrices[i].mT for i in batch]
+        ready = newton_schulz(torch.stack(lying)) * math.sqrt(long / short)
+        for i, matrix in zip(batch, ready, strict=True):
+            done[i] = matrix if matrices[i].shape[0] == short else matrix.mT
+    return done
 
 
 def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(N, R, C) to the same with singular values of about 0.7 to 1.2, computed in bf16.
+    """(N, R, C), R at most C, to the same with singular values of about 0.7 to 1.2, in bf16.
 
     Each step is an odd quintic of the matrix, with coefficients that make small singular values
     grow fastest (Jordan et al. 2024).

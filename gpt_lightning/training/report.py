@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 
 from gpt_lightning.checkpoint import HOW
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.training.callbacks import RunLog
 from gpt_lightning.training.checkpointing import BestAndLast
 from gpt_lightning.training.lightning_module import GPTModule
 
@@ -42,12 +43,14 @@ def closing_table(trainer: Trainer, model: GPTModule, seconds: float, first_step
     """
     data, metrics, steps = model.data, trainer.callback_metrics, trainer.global_step
     keeper = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast))
+    run_log = next(c for c in trainer.callbacks if isinstance(c, RunLog))
     windows = steps * data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     seen, epochs = windows * data.hparams.block_size, windows / len(data.windows)
     began = f" ({first_step:,} of them before)" if first_step else ""
     rows = [
         ("steps", f"{steps:,}{began}"),
         ("time", f"{seconds:.1f} s, validation and samples included"),
+        ("training alone", f"{run_log.all_seconds:.2f} s"),
         ("characters seen", f"{seen:,} ({epochs:.1f} epochs)"),
     ]
     if data.tokenizer.kind != "char":
