@@ -40,9 +40,9 @@ from gpt_lightning.training.precision import choose_precision
 from gpt_lightning.training.report import closing_table, introduction
 
 DEFAULTS = {
-    "max_steps": 1800,
+    "max_steps": 1000,
     "max_epochs": -1,
-    "val_check_interval": 300,  # batches, counted through the whole run:
+    "val_check_interval": 250,  # batches, counted through the whole run:
     "check_val_every_n_epoch": None,
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,

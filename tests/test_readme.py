@@ -20,7 +20,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     (code,) = blocks("python")
     for long, short in (
         ('"playwright"', '"playwright:1:20000"'),
-        ("max_steps=1800", 'max_steps=2, accelerator="cpu"'),
+        ("max_steps=1000", 'max_steps=2, accelerator="cpu"'),
         ("max_new_tokens=200", "max_new_tokens=5"),
     ):
         assert long in code

@@ -72,7 +72,7 @@ def test_learning_rates_that_are_left_to_us_fall_in_a_line_to_0(data):
     watch, dm = Watch(), data()
     trainer(max_steps=5, callbacks=[watch], limit_val_batches=0).fit(module(dm), dm)
     falling = [1.0, 0.8, 0.6, 0.4, 0.2]
-    assert watch.lrs == pytest.approx([4e-3 * share for share in falling])
+    assert watch.lrs == pytest.approx([8e-3 * share for share in falling])
     assert watch.muon_lrs == pytest.approx([0.02 * share for share in falling])
 
 

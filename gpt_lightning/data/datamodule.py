@@ -141,7 +141,7 @@ class TextDataModule(LightningDataModule):
         corpus: str = "playwright",
         tokenizer: Literal["char", "byte"] = "char",
         block_size: int = 128,
-        batch_size: int = 8,
+        batch_size: int = 16,
         sampling: Literal["sliding", "random"] = "sliding",
         stride: int | None = None,
         split: Literal["tail", "blocks"] = "tail",

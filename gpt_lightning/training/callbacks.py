@@ -129,7 +129,7 @@ class GenerateText(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 600,
+        every_n_steps: int = 500,
         prompt: str = "",
         max_new_tokens: int = 300,
         temperature: float = 0.8,

@@ -64,7 +64,7 @@ class GPTModule(LightningModule):
         block_size: int,
         name: Literal["gpt", "lecture", "bigram"] = "gpt",
         optimizer: Literal["muon", "adamw"] = "muon",
-        learning_rate: float = 4e-3,
+        learning_rate: float = 8e-3,
         muon_learning_rate: float = 0.02,
         schedule: Literal["linear", "cosine"] = "linear",
         min_lr: float = 0.0,
