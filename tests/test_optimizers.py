@@ -235,7 +235,8 @@ def test_singular_values_of_every_size_come_near_1():
 def test_square_and_tall_matrices_take_the_steps_of_torch_s_muon(shape):
     p, twin = (nn.Parameter(matrix(*shape)) for _ in range(2))
     ours = muon_of(p, lr=0.1, weight_decay=0.3)
-    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=MuonAdamW.momentum, nesterov=True)
+    momentum = MuonAdamW.momentum
+    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=momentum, nesterov=True)
     for step in range(6):
         p.grad = matrix(*shape, seed=step + 1)
         twin.grad = p.grad.clone()

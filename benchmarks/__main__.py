@@ -1,0 +1,61 @@
+"""`python -m benchmarks NAME`, from the root of the repository."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks import generation, loss, overhead, same_shape
+from benchmarks.report import write
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, what in (
+        ("loss", "loss and time of a config, nanoGPT's CPU recipe beside it"),
+        ("same_shape", "characters a second in nanoGPT's CPU shape"),
+        ("overhead", "the Trainer's step against a raw loop"),
+        ("generation", "characters written a second, nanoGPT and transformers beside it"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("--rounds", type=int, default=3, help="of each side; medians")
+        command.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+        if name != "overhead":
+            command.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+        if name == "loss":
+            command.add_argument("--config", type=Path, required=True, help="of ours")
+            command.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2, 3, 4])
+            command.add_argument("--flag", action="append", default=[], help="more for our fit")
+        if name in ("same_shape", "overhead"):
+            command.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args(argv)
+    # every process that is started from here finds this project, wherever it runs
+    path = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    try:
+        if args.rounds < 1 and args.name != "loss":
+            raise ValueError(f"--rounds={args.rounds} must be at least 1")
+        if args.name != "overhead" and args.nanogpt is None and args.rounds > 0:
+            raise ValueError("--nanogpt=PATH is missing: a checkout of nanoGPT to compare with")
+        name = args.name
+        if name == "loss":
+            if not args.config.is_file():
+                raise ValueError(f"--config={args.config}: no such file")
+            found = loss.measure(args.nanogpt, args.config, args.seeds, args.rounds, args.flag)
+            name = f"loss_{args.config.stem}"
+        elif name == "same_shape":
+            found = same_shape.measure(args.nanogpt, args.rounds, args.steps)
+        elif name == "overhead":
+            found = overhead.measure(args.rounds, args.steps)
+        else:
+            found = generation.measure(args.nanogpt, args.rounds)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    write(args.out, name, *found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

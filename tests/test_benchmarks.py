@@ -1,0 +1,104 @@
+"""What the benchmarks read and reckon; their speeds are nobody's test."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import nanogpt, ours
+from benchmarks.__main__ import main
+from benchmarks.loss import line
+from benchmarks.report import spread, table, write
+
+CLOSING = """\
+step 240  train 1.7501  val 1.9036 nats (2.7463 bits)
+
+steps            1,240
+time             8.3 s, validation and samples included
+training alone   6.40 s
+characters seen  184,320 (0.2 epochs)
+final val loss   1.9036 nats per character (2.7463 bits)
+best val loss    1.8036 nats (2.7463 bits), step 240
+"""
+
+
+def test_the_closing_table_is_read():
+    assert ours.read(CLOSING) == {
+        "loss": 1.9036,
+        "training": 6.4,
+        "steps": 1240,
+        "chars_per_second": pytest.approx(28800.0),
+    }
+
+
+def test_nanogpt_s_steps_are_added_up_without_its_evaluations():
+    log = "step 0: train loss 4.2, val loss 4.2\niter 0: loss 4.2, time 900.00ms, mfu -100.00%\n"
+    log += "".join(f"iter {i}: loss 3.0, time 30.00ms, mfu 1.00%\n" for i in range(1, 30))
+    log += "step 30: train loss 2.5, val loss 2.6\nsaving checkpoint to out\n"
+    log += "iter 30: loss 2.5, time 530.00ms, mfu 1.00%\n"
+    found = nanogpt.read(log)
+    assert found["training"] == pytest.approx(31 * 0.03)
+    assert found["with_evaluations"] == pytest.approx(0.9 + 29 * 0.03 + 0.53)
+    assert found["steps"] == 31 and found["chars_per_second"] == pytest.approx(768 / 0.03)
+
+
+class Peer(nn.Module):
+    """A model with nanoGPT's interface: the logits of a token follow from that token alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(5, 5)
+
+    def forward(self, ids, targets):
+        return self.table(ids), None
+
+
+@pytest.mark.parametrize("length", [2, 9, 13, 17])
+def test_the_peer_s_loss_is_exact(tmp_path, length):
+    torch.manual_seed(length)
+    model = Peer(None)
+    weights = {f"_orig_mod.{name}": w for name, w in model.state_dict().items()}
+    torch.save({"model": weights, "model_args": {"block_size": 4}}, tmp_path / "ckpt.pt")
+    peer = object.__new__(nanogpt.NanoGPT)
+    peer.val = torch.randint(5, (length,))
+    peer.model = lambda: SimpleNamespace(GPT=Peer, GPTConfig=lambda block_size: None)
+    expected = F.cross_entropy(model.table(peer.val[:-1]), peer.val[1:]).item()
+    assert peer.exact_loss(tmp_path / "ckpt.pt") == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_row_has_means_of_losses_and_medians_of_seconds():
+    mine = [{"loss": x, "training": t, "command": t + 1} for x, t in ((1, 2), (2, 9), (3, 3))]
+    peers = [{"loss": 1.9, "training": t, "command": 8} for t in (30, 12, 10)]
+    cells = line("ours", mine, peers)
+    assert cells == ["ours", "2.0000 ± 1.0000", "3", "3.0 s", "1/4.0", "4.0 s", "1/2.0"]
+    assert line("ours", mine[:1], [])[1:] == ["1.0000", "1", "2.0 s", "", "3.0 s", ""]
+    assert spread([1.0, 1.0 + math.sqrt(2)], 2) == "1.71 ± 1.00"
+
+
+def test_figures_are_written_with_the_machine_they_belong_to(tmp_path, capsys):
+    text = table(["", "a"], [["x", "1"]])
+    assert text == "|  | a |\n| --- | ---: |\n| x | 1 |\n"
+    write(tmp_path / "new", "some", {"runs": [1.5]}, text)
+    found = json.loads((tmp_path / "new" / "some.json").read_text())
+    assert found["runs"] == [1.5] and found["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "new" / "some.md").read_text() == text and text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generation"], "--nanogpt=PATH is missing"),
+        (["same_shape", "--nanogpt=nowhere"], "--nanogpt=nowhere: no train.py"),
+        (["loss", "--config=none.yaml", "--rounds=0"], "--config=none.yaml: no such file"),
+        (["overhead", "--rounds=0"], "--rounds=0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, said, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
