@@ -22,9 +22,9 @@ SHAPE = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}
 def of_ours(name: str, rows: int):
     """A function that lets our model write, through `Writer`, as `generate` does."""
     torch.manual_seed(1337)
-    tokenizer = CharTokenizer.from_text("".join(chr(33 + i) for i in range(VOCABULARY)))
+    tokenizer = CharTokenizer.train([chr(33 + i) for i in range(VOCABULARY)])
     model = build_model(name, vocab_size=VOCABULARY, **SHAPE)
-    writer = Writer(model.eval(), tokenizer).prepared()
+    writer = Writer(model.eval(), tokenizer)
 
     def write() -> None:
         settings = {"max_new_tokens": LENGTH, "num_samples": rows, "sampling": Sampling(1.0)}
