@@ -244,6 +244,12 @@ class GPTCLI(LightningCLI):
         refuse_mismatch(
             self.checkpoint[KEY], settings, config.ckpt_path, corpus=self.subcommand == "fit"
         )
+        odd = self.checkpoint["state_dict"].keys() ^ self.model.state_dict().keys()
+        if odd:
+            raise ValueError(
+                f"--ckpt_path={config.ckpt_path} has weights that this version's model does not "
+                f"have, or lacks some ({min(odd)}): use the gpt_lightning that wrote it"
+            )
 
     # running
 

@@ -394,6 +394,15 @@ def test_a_file_that_is_no_checkpoint(here, refused, command, spoil, part):
     refused([*command, "--ckpt_path=bad.ckpt"], "--ckpt_path=bad.ckpt", part)
 
 
+def test_a_checkpoint_of_a_model_with_other_weights_is_refused(here, refused):
+    saved = torch.load(here / LAST, weights_only=True)
+    saved["state_dict"]["net.blocks.0.attn.more"] = torch.zeros(2)
+    torch.save(saved, here / "other.ckpt")
+    for command in (RESUME, VALIDATE):
+        said = ("--ckpt_path=other.ckpt", "use the gpt_lightning", "net.blocks.0.attn.more")
+        refused([*command, "--ckpt_path=other.ckpt"], *said)
+
+
 @READERS
 def test_a_checkpoint_never_runs_code(here, refused, command, tmp_path):
     canary = tmp_path / "canary"
