@@ -31,7 +31,8 @@ def fit(config: Path, *flags: str) -> dict:
 
 def read(output: str) -> dict:
     """The figures in a closing table."""
-    found = dict(re.findall(r"^([a-z][a-z ]+?)  +([\d.,]+)", output, re.MULTILINE))
+    rows = output[output.rindex("\nsteps  ") :]  # what stands before may be a sample's text
+    found = dict(re.findall(r"^([a-z][a-z ]+?)  +(\d[\d.,]*)", rows, re.MULTILINE))
     number = {name: float(text.replace(",", "")) for name, text in found.items()}
     return {
         "loss": number["final val loss"],

@@ -47,6 +47,7 @@ def fitted(precision: str, steps: int) -> float:
 def raw(precision: str, steps: int) -> float:
     """Seconds a step in plain PyTorch: same module, batches, optimizer, clipping and schedule."""
     module, data = build()
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     data.prepare_data()
     data.setup("fit")
     net, hp = module.net, module.hparams
