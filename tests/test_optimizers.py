@@ -206,8 +206,8 @@ def test_a_matrix_moves_along_its_averaged_gradient_with_singular_values_near_1(
     average = torch.zeros(16, 16).double()
     for step in range(5):
         p.grad = matrix(16, 16, seed=step + 11)
-        average = 0.95 * average + 0.05 * p.grad.double()
-        ahead = 0.05 * p.grad.double() + 0.95 * average
+        average = 0.9 * average + 0.1 * p.grad.double()
+        ahead = 0.1 * p.grad.double() + 0.9 * average
         before = p.detach().clone()
         optimizer.step()
         update = ((before * (1 - lr * decay) - p.detach()) / lr).double()
@@ -235,8 +235,7 @@ def test_singular_values_of_every_size_come_near_1():
 def test_square_and_tall_matrices_take_the_steps_of_torch_s_muon(shape):
     p, twin = (nn.Parameter(matrix(*shape)) for _ in range(2))
     ours = muon_of(p, lr=0.1, weight_decay=0.3)
-    momentum = MuonAdamW.momentum
-    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=momentum, nesterov=True)
+    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True)
     for step in range(6):
         p.grad = matrix(*shape, seed=step + 1)
         twin.grad = p.grad.clone()
