@@ -205,7 +205,7 @@ def test_a_matrix_moves_along_its_averaged_gradient_with_singular_values_near_1(
     optimizer = muon_of(p, lr=lr, weight_decay=decay)
     average = torch.zeros(16, 16).double()
     for step in range(5):
-        p.grad = matrix(16, 16, seed=step + 11)
+        p.grad = matrix(16, 16, seed=step + 28)
         average = 0.9 * average + 0.1 * p.grad.double()
         ahead = 0.1 * p.grad.double() + 0.9 * average
         before = p.detach().clone()
