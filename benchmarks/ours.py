@@ -1,5 +1,6 @@
 """`python -m gpt_lightning fit`, as a user runs it, and what its closing table says."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,20 +14,26 @@ def fit(config: Path, *flags: str) -> dict:
 
     Returns:
         `loss` (exact, of the last step, nats per character), `training` (seconds of the steps
-        alone), `command` (seconds of the whole command), `steps`, `chars_per_second` (of the steps
-        alone, the first ones included).
+        alone), `command` (seconds of the whole command), `memory` (its peak, MB), `steps`,
+        `chars_per_second` (of the steps alone, the first ones included).
 
     Raises:
         ValueError: if the command fails, with its last line.
     """
     command = [sys.executable, "-m", "gpt_lightning", "fit", f"--config={config.resolve()}", *flags]
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(Path(folder, "out"), "w+") as out,
+        open(Path(folder, "err"), "w+") as err,
+    ):
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process alone
         seconds = time.perf_counter() - start
-    if done.returncode:
-        raise ValueError((done.stderr.strip() or "fit failed").splitlines()[-1])
-    return {**read(done.stdout), "command": seconds}
+        output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+    if status:
+        raise ValueError((errors.strip() or "fit failed").splitlines()[-1])
+    return {**read(output), "command": seconds, "memory": usage.ru_maxrss / 1024}
 
 
 def read(output: str) -> dict:

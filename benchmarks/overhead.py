@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from benchmarks.report import table
 from gpt_lightning import GPTModule, TextDataModule
+from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.optimizers import scheduled
 
 
@@ -71,10 +72,19 @@ def raw(precision: str, steps: int) -> float:
 
 
 def measure(rounds: int, steps: int):
-    """Both loops in turn, in nanoGPT's CPU shape; medians."""
+    """Both loops in turn, in nanoGPT's CPU shape; medians.
+
+    Every other pair begins with the raw loop, so that a machine which grows slower in the course of
+    a run favours neither.
+    """
+    keep_freed_memory()  # as the Trainer's run does for itself
     runs, rows = {}, []
     for precision in ("32-true", "bf16-mixed"):
-        pairs = [(fitted(precision, steps), raw(precision, steps)) for _ in range(rounds)]
+        pairs = []
+        for turn in range(rounds):
+            loops = (fitted, raw) if turn % 2 == 0 else (raw, fitted)
+            taken = {loop: loop(precision, steps) for loop in loops}
+            pairs.append((taken[fitted], taken[raw]))
         runs[precision] = pairs
         trainer, loop = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
         share = statistics.median(a / b - 1 for a, b in pairs)

@@ -122,6 +122,13 @@ def generate_parser() -> Parser:
         help="prompt characters that the model never saw (default: error)",
     )
     add("--device", default="auto", help="cpu, cuda, mps (default: a GPU if there is one)")
+    add(
+        "--precision",
+        default="auto",
+        metavar="NAME",
+        help="of the weights: fp32 as trained, bf16, int8; auto: int8 for a large model on a CPU "
+        "where it is quicker (default: auto)",
+    )
     add("--root", default=".", metavar="DIR", help="where lightning_logs is (default: here)")
     return parser
 
@@ -140,7 +147,9 @@ def generate(argv: list[str]) -> None:
     which = args.ckpt_path
     if which is None:
         which = newest_run(args.root) or "best"
-    writer = Writer.load(find_checkpoint(which, args.root), pick_device(args.device), args.unknown)
+    writer = Writer.load(
+        find_checkpoint(which, args.root), pick_device(args.device), args.unknown, args.precision
+    )
     prompt = read_prompt(args.prompt, args.prompt_file)
     stream = sys.stdout.isatty() if args.stream is None else args.stream
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a mark instead

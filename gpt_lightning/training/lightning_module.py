@@ -20,6 +20,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model import build_model, model_settings
 from gpt_lightning.model.lecture import LectureConfig
 from gpt_lightning.training.callbacks import RunLog
+from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.optimizers import adamw, hidden_matrices, muon, scheduled
 
 
@@ -119,6 +120,10 @@ class GPTModule(LightningModule):
         # The module is compiled in place: torch.compile(net) would rename every weight.
         if self.hparams.compile and self.net._compiled_call_impl is None:
             self.net.compile()
+
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         hp = self.hparams
