@@ -145,11 +145,11 @@ def test_matrices_inside_the_blocks_of_the_gpt_are_muon_s():
 
 
 def test_matrices_inside_the_blocks_of_the_lecture_s_model_are_muon_s():
-    model, optimizer = model_and_optimizer("lecture")
+    model = build_model("lecture", **SIZES)
+    optimizer = muon(model, 0.02, 0.1, BETAS, embedding_weight_decay=0.3)
     assert names_by_decay(model, optimizer) == {
+        0.3: ["token_embedding_table.weight", "position_embedding_table.weight", "lm_head.weight"],
         0.0: [
-            "token_embedding_table.weight",
-            "position_embedding_table.weight",
             "blocks.0.ln1.weight",
             "blocks.0.ln1.bias",
             "blocks.0.sa.proj.bias",
@@ -159,7 +159,6 @@ def test_matrices_inside_the_blocks_of_the_lecture_s_model_are_muon_s():
             "blocks.0.ffwd.net.2.bias",
             "ln_f.weight",
             "ln_f.bias",
-            "lm_head.weight",
             "lm_head.bias",
         ],
         0.1: [
@@ -169,7 +168,7 @@ def test_matrices_inside_the_blocks_of_the_lecture_s_model_are_muon_s():
             "blocks.0.ffwd.net.2.weight",
         ],
     }
-    assert [group["muon"] for group in optimizer.param_groups] == [False, True]
+    assert [group["muon"] for group in optimizer.param_groups] == [False, False, True]
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("bigram", {}), ("lecture", dict(n_layer=0))])
@@ -287,6 +286,25 @@ def test_weight_decay_pulls_on_muon_s_matrices_only():
     hidden = {id(p) for p in optimizer.param_groups[1]["params"]}
     for p, old in zip(model.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(p, old * (1 - 0.02 * 0.5 * (id(p) in hidden)))
+
+
+@pytest.mark.parametrize("name", ["gpt", "lecture"])
+def test_a_decay_of_its_own_pulls_on_embeddings_and_head_and_on_no_vector(name):
+    torch.manual_seed(0)
+    model = build_model(name, **SIZES)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    optimizer = muon(model, 0.02, 0.0, BETAS, embedding_weight_decay=0.3)
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    pulled = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    tables = {key for key, p in model.named_parameters() if "embedding" in key or "head.w" in key}
+    assert pulled == tables
+    for key in pulled:
+        torch.testing.assert_close(model.state_dict()[key], before[key] * (1 - 0.02 * 0.3))
 
 
 def test_parameters_without_a_gradient_stay():

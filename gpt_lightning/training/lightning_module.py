@@ -47,6 +47,7 @@ class GPTModule(LightningModule):
         lr_decay_steps: the step at which they arrive there; the run's last unless given. 0 keeps
             them at their peaks.
         weight_decay: on matrices only; with Muon on its own ones only.
+        embedding_weight_decay: with Muon, on the embeddings and the head, which are AdamW's.
         beta1: AdamW's.
         beta2: AdamW's.
         eval_iters: also estimate the losses as the lecture does, by the mean over so many random
@@ -72,6 +73,7 @@ class GPTModule(LightningModule):
         warmup_steps: int = 0,
         lr_decay_steps: int | None = None,
         weight_decay: float = 0.1,
+        embedding_weight_decay: float = 0.0,
         beta1: float = 0.9,
         beta2: float = 0.99,
         eval_iters: int = 0,
@@ -85,6 +87,7 @@ class GPTModule(LightningModule):
             ("muon_learning_rate", muon_learning_rate),
             ("min_lr", min_lr),
             ("weight_decay", weight_decay),
+            ("embedding_weight_decay", embedding_weight_decay),
             ("warmup_steps", warmup_steps),
             ("lr_decay_steps", lr_decay_steps or 0),
             ("eval_iters", eval_iters),
@@ -129,8 +132,10 @@ class GPTModule(LightningModule):
         hp = self.hparams
         # fused AdamW unscales fp16 gradients itself, after they have been clipped: too late
         fused = self.trainer.precision != "16-mixed"
-        build = {"adamw": adamw, "muon": muon}[hp.optimizer]
-        return build(self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
+        settings = (self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
+        if hp.optimizer == "adamw":
+            return adamw(*settings)
+        return muon(*settings, embedding_weight_decay=hp.embedding_weight_decay)
 
     def on_train_start(self) -> None:
         # The optimizer's state came from the checkpoint with the settings of that time; those of

@@ -68,18 +68,25 @@ def muon(
     weight_decay: float,
     betas: tuple[float, float],
     fused: bool = True,
+    embedding_weight_decay: float = 0.0,
 ) -> "MuonAdamW":
-    """Muon with weight decay for the hidden matrices, AdamW for all else, without.
+    """Muon for the hidden matrices, AdamW for all else, each with a weight decay of its own.
+
+    AdamW's pulls on embeddings and head, and not on biases and norms (1-D).
 
     Raises:
         ValueError: for a model that has no hidden matrices.
     """
     hidden = hidden_matrices(model)
     others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
+    tables = [p for p in others if p.ndim >= 2]
+    vectors = [p for p in others if p.ndim < 2]
     groups = [
-        {"params": others, "muon": False, "weight_decay": 0.0},
+        {"params": tables, "muon": False, "weight_decay": embedding_weight_decay},
+        {"params": vectors, "muon": False, "weight_decay": 0.0},
         {"params": hidden, "muon": True, "weight_decay": weight_decay},
     ]
+    groups = [group for group in groups if group["params"]]
     fused = fused and hidden[0].device.type in ("cpu", "cuda")
     return MuonAdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
