@@ -107,6 +107,14 @@ def test_any_language_trains_and_generates(
         assert unicodedata.normalize("NFC", text) != text or name != "emoji and marks"
 
 
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
+def test_text_is_written_in_each_precision(trained, monkeypatch, capsys, precision):
+    monkeypatch.chdir(trained)
+    assert run("generate", f"--precision={precision}", "--max_new_tokens=20", "--prompt=to") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("to") and len(out) == len("to") + 20 + 1
+
+
 def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     before = sorted(p.name for p in (trained / "lightning_logs").iterdir())

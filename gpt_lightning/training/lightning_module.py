@@ -194,7 +194,9 @@ class GPTModule(LightningModule):
             return
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
         if limit < math.inf or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+            # the optimizer's list: to walk through the modules takes longer than the norms
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     # validation
 
