@@ -350,6 +350,8 @@ def as_it_was(stored: dict[str, Any]) -> dict[str, Any]:
         if model["min_lr"] is None:
             model["min_lr"] = model["learning_rate"] / 10
         trainer["precision"] = trainer["precision"] or "32-true"
+    if model and "look_ahead" not in model:
+        model |= {"look_ahead": 0, "embedding_weight_decay": 0.0}
     return stored
 
 

@@ -174,12 +174,74 @@ def test_logged_train_loss_and_grad_norm_are_those_of_the_step(data):
     assert len(kept) == 3 and len(watch.batches) == 6
     for step, (loss, norm) in enumerate(kept):
         model.zero_grad()
-        losses = [model.loss(batch) for batch in watch.batches[2 * step : 2 * step + 2]]
-        mean = sum(losses) / 2
-        mean.backward()
+        batches = watch.batches[2 * step : 2 * step + 2]
+        for batch in batches:
+            (model.training_step(batch, 0)["loss"] / 2).backward()
+        mean = sum(model.loss(batch) for batch in batches) / 2
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert loss == pytest.approx(mean.item(), abs=1e-5)
         assert norm == pytest.approx(grads.norm().item(), rel=1e-4)  # before clipping
+
+
+def perturb(model):
+    """Weights none of which are zero any more."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1, 2])
+def test_looking_ahead_adds_what_the_tokens_after_the_next_one_cost(data, look_ahead):
+    dm = data()
+    model = module(dm, look_ahead=look_ahead).eval()
+    perturb(model)
+    V, T = dm.vocab_size, dm.hparams.block_size
+    ids = torch.randint(V, (2, T + 1))
+    kept = []
+    model.net.lm_head.register_forward_pre_hook(lambda head, args: kept.append(args[0]))
+    found = model.training_step((ids[:, :-1], ids[:, 1:]), 0)
+    weights = [model.net.lm_head.weight, *(head.weight for head in model.ahead)]
+    parts = []
+    for n, weight in enumerate(weights):
+        costs = [
+            -torch.log_softmax(kept[0][row, t] @ weight.T, 0)[ids[row, t + 1 + n]]
+            for row in range(2)
+            for t in range(T - n)
+        ]
+        parts.append(torch.stack(costs).mean())
+    expected = parts[0] + sum(0.3 / n * part for n, part in enumerate(parts) if n)
+    assert len(parts) == look_ahead + 1 and len(kept) == 1
+    torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["next"], parts[0].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.loss((ids[:, :-1], ids[:, 1:])), parts[0])
+
+
+def test_heads_that_look_ahead_begin_at_zero_learn_and_are_no_part_of_the_model_that_writes(data):
+    dm = data()
+    model = module(dm)
+    assert len(model.ahead) == 1 and not model.ahead[0].weight.any()
+    trainer(max_steps=2, limit_val_batches=0).fit(model, dm)
+    assert model.ahead[0].weight.abs().sum() > 0
+    assert not any("ahead" in name for name in model.net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "lecture", "look_ahead": 1}, "--model.look_ahead=1 is for --model.name=gpt"),
+        ({"look_ahead": -1}, "--model.look_ahead=-1 must be 0 or more"),
+        ({"look_ahead": 8, "block_size": 8}, "--model.look_ahead=8 must be below --data.block"),
+    ],
+)
+def test_looking_ahead_where_it_cannot_be_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GPTModule(**({"vocab_size": 5, "block_size": 8, "n_embd": 16} | settings))
+
+
+def test_a_window_of_one_token_has_nothing_further_ahead():
+    assert len(GPTModule(5, 1, n_embd=16).ahead) == 0
+    assert len(GPTModule(5, 8, name="lecture").ahead) == 0
 
 
 @pytest.mark.parametrize("name, optimizer", [("gpt", "muon"), ("lecture", "adamw")])

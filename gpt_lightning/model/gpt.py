@@ -156,8 +156,13 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.proj.weight)
 
-    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits of ids (B, T), which in generation go on from what the cache has seen."""
+    def forward(
+        self, ids: torch.Tensor, cache: KVCache | None = None, with_features: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits of ids (B, T), which in generation go on from what the cache has seen.
+
+        `with_features` adds what the head reads, (B, T, C).
+        """
         start = cache.length if cache else 0
         stop = start + ids.shape[1]
         assert self.config.block_size >= stop, f"{stop} tokens, block_size {self.config.block_size}"
@@ -171,7 +176,9 @@ class GPT(nn.Module):
             x = block(x, ids, rotary, cache)
         if cache is not None:
             cache.length, cache.last = stop, ids[:, -1:]
-        return self.lm_head(norm(x))  # (B, T, V)
+        x = norm(x)
+        logits = self.lm_head(x)  # (B, T, V)
+        return (logits, x) if with_features else logits
 
     def pairs(self, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """Row of each (token before, token) in the pair embedding, (B, T); the first has none

@@ -67,8 +67,7 @@ class RunLog(Callback):
             self.since = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        # Lightning has divided each micro-step's loss by their number: the sum is their mean
-        self.loss = self.loss + outputs["loss"].detach()
+        self.loss = self.loss + outputs["next"] / trainer.accumulate_grad_batches
         self.tokens += batch[1].numel()
         if not stepped(trainer, batch_idx):
             return

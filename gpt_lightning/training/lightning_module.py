@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from torch import nn
 from torchmetrics import MeanMetric
 
 from gpt_lightning.checkpoint import KEY, describe, refuse_mismatch
@@ -22,6 +23,8 @@ from gpt_lightning.model.lecture import LectureConfig
 from gpt_lightning.training.callbacks import RunLog
 from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.optimizers import adamw, hidden_matrices, muon, scheduled
+
+AHEAD = 0.3  # weight of the token after the next one in training; of the one after that, half of it
 
 
 class GPTModule(LightningModule):
@@ -50,6 +53,10 @@ class GPTModule(LightningModule):
         embedding_weight_decay: with Muon, on the embeddings and the head, which are AdamW's.
         beta1: AdamW's.
         beta2: AdamW's.
+        look_ahead: in training, predict so many further tokens after the next one too, each with a
+            head of its own, which are no part of the model that writes (Gloeckle et al. 2024,
+            "Better & faster large language models via multi-token prediction"); for `gpt` alone,
+            1 unless given. `train/loss` is the next token's alone.
         eval_iters: also estimate the losses as the lecture does, by the mean over so many random
             batches of each part (`estimate/train`, `estimate/val`); 0 does not.
         compile: compile the model (torch.compile); pays on a GPU.
@@ -76,6 +83,7 @@ class GPTModule(LightningModule):
         embedding_weight_decay: float = 0.0,
         beta1: float = 0.9,
         beta2: float = 0.99,
+        look_ahead: int | None = None,
         eval_iters: int = 0,
         compile: bool = False,
         seed: int = 1337,
@@ -90,6 +98,7 @@ class GPTModule(LightningModule):
             ("embedding_weight_decay", embedding_weight_decay),
             ("warmup_steps", warmup_steps),
             ("lr_decay_steps", lr_decay_steps or 0),
+            ("look_ahead", look_ahead or 0),
             ("eval_iters", eval_iters),
         ):
             if not 0 <= value < math.inf:
@@ -101,6 +110,19 @@ class GPTModule(LightningModule):
         # named here, and not in build_model alone, so that the command line finds its fields
         config = LectureConfig(vocab_size=vocab_size, block_size=block_size, **architecture)
         self.net = build_model(name, **asdict(config))
+        if look_ahead is None:
+            look_ahead = int(name == "gpt" and block_size > 1)
+        if look_ahead and name != "gpt":
+            raise ValueError(f"--model.look_ahead={look_ahead} is for --model.name=gpt alone")
+        if look_ahead >= block_size:
+            raise ValueError(
+                f"--model.look_ahead={look_ahead} must be below --data.block_size={block_size}"
+            )
+        self.ahead = nn.ModuleList(
+            nn.Linear(self.net.config.n_embd, vocab_size, bias=False) for _ in range(look_ahead)
+        )
+        for head in self.ahead:
+            nn.init.zeros_(head.weight)
         if optimizer == "muon":
             hidden_matrices(self.net)  # refused here if there are none, before a run has its folder
         self.val_loss = MeanMetric()
@@ -114,8 +136,7 @@ class GPTModule(LightningModule):
     def loss(self, batch: tuple[torch.Tensor, torch.Tensor], reduction: str = "mean"):
         """Cross-entropy in nats per token of x, y (B, T) each."""
         x, y = batch
-        logits = self.net(x)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
+        return cross_entropy(self.net(x), y, reduction)
 
     # training
 
@@ -132,7 +153,7 @@ class GPTModule(LightningModule):
         hp = self.hparams
         # fused AdamW unscales fp16 gradients itself, after they have been clipped: too late
         fused = self.trainer.precision != "16-mixed"
-        settings = (self.net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
+        settings = (self, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2), fused)
         if hp.optimizer == "adamw":
             return adamw(*settings)
         return muon(*settings, embedding_weight_decay=hp.embedding_weight_decay)
@@ -181,7 +202,16 @@ class GPTModule(LightningModule):
         seed_everywhere(self.device, (self.hparams.seed, step, micro_step, self.global_rank))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int):
-        return self.loss(batch)
+        """The loss to learn from, and the next token's alone, in nats per token."""
+        if not self.ahead:
+            loss = self.loss(batch)
+            return {"loss": loss, "next": loss.detach()}
+        x, y = batch
+        logits, features = self.net(x, with_features=True)  # (B, T, V), (B, T, C)
+        loss = next_loss = cross_entropy(logits, y)
+        for n, head in enumerate(self.ahead, start=1):
+            loss = loss + AHEAD / n * cross_entropy(head(features[:, :-n]), y[:, n:])
+        return {"loss": loss, "next": next_loss.detach()}
 
     def configure_callbacks(self) -> list[Callback]:
         return [RunLog()]
@@ -290,6 +320,11 @@ class GPTModule(LightningModule):
                 self.trainer.ckpt_path,
                 corpus=self.trainer.state.fn == "fit",
             )
+
+
+def cross_entropy(logits: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Nats that tokens y (B, T) cost under logits (B, T, V), in fp32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
 
 
 def seed_everywhere(device: torch.device, key: tuple[int, ...]) -> None:

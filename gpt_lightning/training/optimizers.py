@@ -55,8 +55,11 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: for a model that has none.
     """
-    blocks = getattr(model, "blocks", nn.ModuleList())
-    found = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    found = [
+        module.weight
+        for name, module in model.named_modules()
+        if "blocks" in name.split(".") and isinstance(module, nn.Linear)
+    ]
     if not found:
         raise ValueError("--model.optimizer=muon: this model has no hidden matrices; use adamw")
     return found

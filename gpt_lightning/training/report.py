@@ -19,7 +19,7 @@ def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule, why: 
     config, hp = model.net.config, data.hparams
     shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
     shape = "" if model.hparams.name == "bigram" else shape
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.net.parameters())
     folder = trainer.logger.log_dir if trainer.logger else "no log"
     device = trainer.strategy.root_device.type
     return (
