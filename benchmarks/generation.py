@@ -1,4 +1,4 @@
-"""Characters written a second: a model of nanoGPT's GPU shape on a CPU, weights as initialised."""
+"""Characters written a second: models of nanoGPT's GPU shape on a CPU, weights as initialised."""
 
 import statistics
 import tempfile
@@ -11,6 +11,7 @@ from benchmarks.nanogpt import NanoGPT
 from benchmarks.report import table
 from gpt_lightning import Writer
 from gpt_lightning.data.tokenizers import CharTokenizer
+from gpt_lightning.generation.precision import for_writing
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_model
 
@@ -19,12 +20,12 @@ LENGTH = 255  # from one character, all within the context of 256
 SHAPE = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}
 
 
-def of_ours(name: str, rows: int):
+def of_ours(name: str, rows: int, precision: str = "auto"):
     """A function that lets our model write, through `Writer`, as `generate` does."""
     torch.manual_seed(1337)
     tokenizer = CharTokenizer.train([chr(33 + i) for i in range(VOCABULARY)])
     model = build_model(name, vocab_size=VOCABULARY, **SHAPE)
-    writer = Writer(model.eval(), tokenizer)
+    writer = Writer(for_writing(model.eval(), precision), tokenizer)
 
     def write() -> None:
         settings = {"max_new_tokens": LENGTH, "num_samples": rows, "sampling": Sampling(1.0)}
@@ -74,6 +75,8 @@ def measure(checkout: Path, rounds: int):
         writers = {
             "ours (`gpt`)": (of_ours("gpt", 1), 1),
             "ours, 32 texts": (of_ours("gpt", 32), 32),
+            "ours, in fp32": (of_ours("gpt", 1, "fp32"), 1),
+            "ours, in fp32, 32 texts": (of_ours("gpt", 32, "fp32"), 32),
             "ours (`lecture`)": (of_ours("lecture", 1), 1),
             "`lecture`, 32 texts": (of_ours("lecture", 32), 32),
             "nanoGPT": (of_nanogpt(NanoGPT(checkout, Path(folder))), 1),

@@ -70,15 +70,15 @@ def measure(config: Path, rounds: int):
     torch.manual_seed(1337)
     module = GPTModule(VOCABULARY, T, **settings["model"])
     hp, net = module.hparams, module.net
-    optimizer = muon(net, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2))
+    optimizer = muon(module, hp.learning_rate, hp.weight_decay, (hp.beta1, hp.beta2))
     ids = torch.randint(VOCABULARY, (B, T + 1))
     batch = ids[:, :-1], ids[:, 1:]
 
     def gradients() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = module.loss(batch)
+            loss = module.training_step(batch, 0)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
 
     def update() -> None:
         optimizer.step()
