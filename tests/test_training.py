@@ -226,6 +226,22 @@ def test_heads_that_look_ahead_begin_at_zero_learn_and_are_no_part_of_the_model_
     assert not any("ahead" in name for name in model.net.state_dict())
 
 
+@pytest.mark.parametrize("name", ["gpt", "lecture", "bigram"])
+def test_the_confidence_penalty_is_so_many_times_the_entropy_of_what_is_predicted(data, name):
+    dm = data()
+    settings = {"name": name, "optimizer": "adamw", "look_ahead": 0}
+    model = module(dm, confidence_penalty=0.25, **settings).eval()
+    perturb(model)
+    ids = torch.randint(dm.vocab_size, (2, dm.hparams.block_size + 1))
+    batch = ids[:, :-1], ids[:, 1:]
+    found = model.training_step(batch, 0)
+    entropy = torch.distributions.Categorical(logits=model(batch[0]).double()).entropy().mean()
+    expected = model.loss(batch).double() - 0.25 * entropy
+    assert entropy > 0.1
+    torch.testing.assert_close(found["loss"].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["next"], model.loss(batch).detach())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

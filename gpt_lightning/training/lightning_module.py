@@ -57,6 +57,9 @@ class GPTModule(LightningModule):
             head of its own, which are no part of the model that writes (Gloeckle et al. 2024,
             "Better & faster large language models via multi-token prediction"); for `gpt` alone,
             1 unless given. `train/loss` is the next token's alone.
+        confidence_penalty: in training, subtract so many times the entropy of the predictions from
+            the loss, which keeps a model that sees a small text often from being too sure (Pereyra
+            et al. 2017).
         eval_iters: also estimate the losses as the lecture does, by the mean over so many random
             batches of each part (`estimate/train`, `estimate/val`); 0 does not.
         compile: compile the model (torch.compile); pays on a GPU.
@@ -84,6 +87,7 @@ class GPTModule(LightningModule):
         beta1: float = 0.9,
         beta2: float = 0.99,
         look_ahead: int | None = None,
+        confidence_penalty: float = 0.0,
         eval_iters: int = 0,
         compile: bool = False,
         seed: int = 1337,
@@ -99,6 +103,7 @@ class GPTModule(LightningModule):
             ("warmup_steps", warmup_steps),
             ("lr_decay_steps", lr_decay_steps or 0),
             ("look_ahead", look_ahead or 0),
+            ("confidence_penalty", confidence_penalty),
             ("eval_iters", eval_iters),
         ):
             if not 0 <= value < math.inf:
@@ -203,14 +208,18 @@ class GPTModule(LightningModule):
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int):
         """The loss to learn from, and the next token's alone, in nats per token."""
-        if not self.ahead:
-            loss = self.loss(batch)
-            return {"loss": loss, "next": loss.detach()}
         x, y = batch
-        logits, features = self.net(x, with_features=True)  # (B, T, V), (B, T, C)
+        if self.ahead:
+            logits, features = self.net(x, with_features=True)  # (B, T, V), (B, T, C)
+        else:
+            logits = self.net(x)
         loss = next_loss = cross_entropy(logits, y)
         for n, head in enumerate(self.ahead, start=1):
             loss = loss + AHEAD / n * cross_entropy(head(features[:, :-n]), y[:, n:])
+        if self.hparams.confidence_penalty:
+            logs = F.log_softmax(logits.float(), dim=-1)
+            entropy = -(logs.exp() * logs).sum(dim=-1).mean()
+            loss = loss - self.hparams.confidence_penalty * entropy
         return {"loss": loss, "next": next_loss.detach()}
 
     def configure_callbacks(self) -> list[Callback]:
