@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import nanogpt, ours
+from benchmarks import nanogpt, ours, scale, step
 from benchmarks.__main__ import main
 from benchmarks.loss import line
 from benchmarks.report import spread, table, write
@@ -102,3 +102,40 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, said, capsys, monkeypatch):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_operations_are_sorted_by_kind():
+    assert step.kind_of("aten::mm") == step.kind_of("aten::baddbmm") == "matrix products"
+    assert step.kind_of("aten::copy_") == "copies and conversions"
+    assert step.kind_of("aten::mul") == "element by element"
+
+
+def test_a_step_s_operations_are_counted(tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        "data: {block_size: 16, batch_size: 4}\nmodel: {n_layer: 1, n_embd: 16, n_head: 2}\n"
+    )
+    figures, text = step.measure(config, rounds=2)
+    # 12 C^2 weights in a block, C V in the head, and 2 T C for attention's two products
+    products = 12 * 16 * 16 + 16 * step.VOCABULARY + 2 * 16 * 16
+    assert figures["flop"] == 6 * 64 * products
+    for part in ("forward and backward", "optimizer"):
+        assert figures["seconds"][part] > 0 and figures["kinds"][part]["matrix products"] > 0
+    assert "matrix products" in text and "GFLOP/s" in text
+
+
+def test_scale_leaves_out_the_first_turn_and_compares_with_the_first_row(monkeypatch):
+    calls = []
+
+    def fit(config, *flags):
+        calls.append(flags)
+        turn = (len(calls) - 1) // len(scale.VARIANTS)
+        wide = "--model.n_embd=512" in flags
+        return {"chars_per_second": [1.0, 100.0, 300.0][turn] / (1 + wide), "memory": 500 + wide}
+
+    monkeypatch.setattr(ours, "fit", fit)
+    figures, text = scale.measure(rounds=2, steps=7)
+    assert len(calls) == 3 * len(scale.VARIANTS)
+    assert all("--trainer.max_steps=7" in flags for flags in calls)
+    assert all(len(runs) == 2 for runs in figures["runs"].values())
+    assert "| width 512 | 100 | 0.50 | 501 MB | 1.00 |" in text
