@@ -82,8 +82,9 @@ def muon(
     """
     hidden = hidden_matrices(model)
     others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
-    tables = [p for p in others if p.ndim >= 2]
-    vectors = [p for p in others if p.ndim < 2]
+    # one group where nothing tells them apart, as in checkpoints from before there was a decay
+    tables = [p for p in others if p.ndim >= 2 or not embedding_weight_decay]
+    vectors = [p for p in others if p.ndim < 2 and embedding_weight_decay]
     groups = [
         {"params": tables, "muon": False, "weight_decay": embedding_weight_decay},
         {"params": vectors, "muon": False, "weight_decay": 0.0},
