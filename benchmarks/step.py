@@ -59,13 +59,15 @@ def product_rate(rows: int, inner: int, columns: int, rounds: int) -> float:
 
 
 def measure(config: Path, rounds: int):
-    """The step of `config` in bf16: forward and backward, then the optimizer.
+    """The step of `config` in bf16 with Muon: forward and backward, then the optimizer.
 
     Returns:
         all figures, and a table of milliseconds by kind of operation.
     """
     keep_freed_memory()
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if not {"data", "model"} <= settings.keys():
+        raise ValueError(f"--config={config}: choose one that gives data and model itself")
     B, T = settings["data"]["batch_size"], settings["data"]["block_size"]
     torch.manual_seed(1337)
     module = GPTModule(VOCABULARY, T, **settings["model"])
@@ -82,7 +84,7 @@ def measure(config: Path, rounds: int):
 
     def update() -> None:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)  # so that a step can be timed by itself, repeated
 
     for _ in range(3):
         gradients()
