@@ -5,9 +5,11 @@ that makes it self-contained: architecture, tokenizer and corpus as plain types.
 imports Lightning: `generate` must start fast, and run where only torch is.
 """
 
+import contextlib
 import os
 import pickle
-import zipfile
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,45 @@ from typing import Any
 import torch
 
 from gpt_lightning.model import build_config
+from gpt_lightning.untrusted import (
+    PICKLE,
+    Foreign,
+    Tensor,
+    Torn,
+    misfit,
+    read_archive,
+    read_pickle,
+)
 
 KEY = "gpt_lightning"
 FORMAT = 1  # of the entry under KEY
+SCALAR = (int, float, str, bool, type(None))
+HOLDS = {  # see `misfit`; without a Trainer's part a checkpoint still writes text
+    "state_dict": {str: Tensor},
+    KEY: {
+        "model": {str: SCALAR},
+        "tokenizer": {str: str},
+        "corpus": {"name": str, "sha256": str, "split": str, "val_fraction": float},
+        "config?": (str, type(None)),
+    },
+    "global_step?": int,
+    "epoch?": int,
+    "loops?": {str: dict},
+    "callbacks?": {str: dict},
+    "optimizer_states?": [{"state": {int: {str: (*SCALAR, Tensor)}}, "param_groups": [dict]}],
+    "lr_schedulers?": [dict],
+}
 LOGS = "lightning_logs"
 HOW = "python -m gpt_lightning"
+
+
+def go_on_with(path: Path) -> str:
+    """The command, to be typed, that goes on from this checkpoint."""
+    return f"{HOW} fit --ckpt_path={shlex.quote(str(path))}"
+
+
+class Damaged(ValueError):
+    """A checkpoint that is torn, cut short or changed, and so not as it was written."""
 
 
 def describe(
@@ -38,35 +74,53 @@ def describe(
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint to the CPU, without running any code that it may hold.
 
+    The file may be a stranger's: it is looked through first (`untrusted`), and what it says of
+    itself has the types that it should have.
+
     Raises:
-        ValueError: in one line, if there is no file, or it is torn, foreign, or of a later format.
+        Damaged: in one line, if it is torn, or no archive of torch's at all.
+        ValueError: in one line, if there is no file, or it is foreign, or of a later format.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--ckpt_path={path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"--ckpt_path={path} is no checkpoint of plain tensors (nothing in it was run)"
+        with path.open("rb") as file:
+            entries = read_archive(file)
+            offset, size = entries.get("data.pkl", (0, PICKLE + 1))
+            if size > PICKLE:
+                raise Foreign("it has no pickle, or a larger one than ours ever have")
+            file.seek(offset)
+            found = read_pickle(file.read(size), {name: n for name, (_, n) in entries.items()})
+            _refuse_malformed(found, path)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (Torn, OSError) as error:
+        raise Damaged(
+            f"--ckpt_path={path} cannot be read: torn, or no checkpoint at all ({error})"
         ) from error
-    except Exception as error:  # torch raises half a dozen kinds for a file cut or overwritten
+    except (Foreign, pickle.UnpicklingError, RuntimeError, MemoryError) as error:
         raise ValueError(
-            f"--ckpt_path={path} cannot be read: torn, or no checkpoint at all "
-            f"({type(error).__name__})"
+            f"--ckpt_path={path} is no checkpoint of plain tensors (nothing in it was run; "
+            f"{str(error)[:200] or type(error).__name__})"
         ) from error
+
+
+def _refuse_malformed(checkpoint: Any, path: Path) -> None:
+    """Raise a ValueError if what a checkpoint holds is not what we write."""
     entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(entry, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"--ckpt_path={path} was not written by gpt_lightning")
     if entry.get("format") != FORMAT:
         raise ValueError(
-            f"--ckpt_path={path} has format {entry.get('format')}, this version reads {FORMAT}: "
-            "use the gpt_lightning that wrote it"
+            f"--ckpt_path={path} has format {str(entry.get('format'))[:20]}, this version reads "
+            f"{FORMAT}: use the gpt_lightning that wrote it"
         )
-    return checkpoint
+    if found := misfit(checkpoint, HOLDS):
+        raise ValueError(
+            f"--ckpt_path={path} was not written by gpt_lightning: {found[1:][:60]!r} is not what "
+            "it should be"
+        )
 
 
 def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
@@ -104,6 +158,37 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
         other = "last" if which == "best" else "best"
         raise ValueError(f"--ckpt_path={which}: {folder} has only {other}.ckpt so far")
     return path
+
+
+def read_whole(which: str | Path, root: str | Path = ".") -> tuple[Path, dict[str, Any]]:
+    """Find and read a checkpoint; for a damaged `last` or `best` the newest whole one beside it.
+
+    Args:
+        which, root: as `find_checkpoint` takes them.
+
+    Returns:
+        the file that was read, and what is in it. That it is another one is told on stderr.
+
+    Raises:
+        ValueError: in one line, if there is none, or it cannot be used. A damaged file that was
+            asked for by its path is not replaced, only the other one named.
+    """
+    path = find_checkpoint(which, root)
+    try:
+        return path, read_checkpoint(path)
+    except Damaged as damaged:
+        whole = []
+        for other in path.parent.glob("*.ckpt"):
+            with contextlib.suppress(ValueError):
+                checkpoint = read_checkpoint(other)
+                whole.append((checkpoint["global_step"], other, checkpoint))
+        if not whole:
+            raise
+        step, other, checkpoint = max(whole, key=lambda found: found[0])
+        if Path(os.path.expanduser(which)) == path:
+            raise Damaged(f"{damaged}; {other} is whole (step {step:,})") from damaged
+        print(f"{damaged}; taking {other} (step {step:,})", file=sys.stderr)
+        return other, checkpoint
 
 
 def newest_run(root: str | Path = ".") -> Path | None:

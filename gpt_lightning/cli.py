@@ -137,7 +137,7 @@ def generate(argv: list[str]) -> None:
     """`generate`: from flags to text on standard output."""
     args = generate_parser().parse_args(argv)
 
-    from gpt_lightning.checkpoint import find_checkpoint, newest_run
+    from gpt_lightning.checkpoint import Damaged, find_checkpoint, newest_run, read_whole
     from gpt_lightning.generation.sampling import Sampling
     from gpt_lightning.generation.writer import Writer
 
@@ -147,9 +147,11 @@ def generate(argv: list[str]) -> None:
     which = args.ckpt_path
     if which is None:
         which = newest_run(args.root) or "best"
-    writer = Writer.load(
-        find_checkpoint(which, args.root), pick_device(args.device), args.unknown, args.precision
-    )
+    how = pick_device(args.device), args.unknown, args.precision
+    try:
+        writer = Writer.load(find_checkpoint(which, args.root), *how)
+    except Damaged:
+        writer = Writer.load(read_whole(which, args.root)[0], *how)
     prompt = read_prompt(args.prompt, args.prompt_file)
     stream = sys.stdout.isatty() if args.stream is None else args.stream
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a mark instead

@@ -25,8 +25,8 @@ from gpt_lightning.checkpoint import (
     HOW,
     KEY,
     LOGS,
-    find_checkpoint,
-    read_checkpoint,
+    go_on_with,
+    read_whole,
     refuse_mismatch,
     run_folder,
 )
@@ -71,7 +71,7 @@ def run_trainer(
         raise ValueError(str(error)) from error
     except Interrupted as stop:
         if rank_zero_only.rank == 0:
-            print(f"{stop}\nGo on with: {HOW} fit --ckpt_path={stop.path}", flush=True)
+            print(f"{stop}\nGo on with: {go_on_with(stop.path)}", flush=True)
         return 128 + stop.signum
     return 0
 
@@ -84,6 +84,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", ".*but have no logger configured.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", r".*following callbacks: \['Timer'\].*")  # no longer wanted
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is of all processes
 
 
 class GPTCLI(LightningCLI):
@@ -92,6 +94,7 @@ class GPTCLI(LightningCLI):
     def __init__(self, argv: list[str], description: str, folder: Path | None, bar: Callback):
         self.argv, self.folder = argv, folder
         self.why_precision = ""
+        self.numbered = False  # whether the run's folder is the next version_N
         self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
         command = argv[0]
         super().__init__(
@@ -145,8 +148,7 @@ class GPTCLI(LightningCLI):
             which = "best"
         if which is None:
             return
-        path = find_checkpoint(which, given.trainer.default_root_dir or ".")
-        self.checkpoint = read_checkpoint(path)
+        path, self.checkpoint = read_whole(which, given.trainer.default_root_dir or ".")
         stored = yaml.safe_load(self.checkpoint[KEY].get("config") or "{}")
         stored = as_it_was({key: value for key, value in stored.items() if key in STORED})
         if command != "fit":  # another text may be given, in the same vocabulary
@@ -194,6 +196,7 @@ class GPTCLI(LightningCLI):
         elif config.logger is None or config.logger is True:
             folder = run_folder(Path(path)) if path else self.folder
             step = self.checkpoint["global_step"] if self.checkpoint else 0
+            self.numbered = folder is None
             kwargs["logger"] = TensorBoardLogger(
                 folder.parent.parent if folder else config.default_root_dir or ".",
                 name=folder.parent.name if folder else LOGS,
@@ -253,6 +256,25 @@ class GPTCLI(LightningCLI):
 
     # running
 
+    def fit(self, model: GPTModule, datamodule: TextDataModule, **kwargs: Any) -> None:
+        """The Trainer's, with the faults of a run told in a line: what, and how to go on."""
+        try:
+            self.trainer.fit(model, datamodule, **kwargs)
+        except SystemExit:  # Lightning's end of a second Ctrl-C
+            raise KeyboardInterrupt from None
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            reason = fault(error, self.trainer.world_size)
+            if reason is None:
+                raise
+            if self.keeper.safe is not None:
+                path, step = self.keeper.safe
+                reason += f". Step {step:,} is safe; go on with: {go_on_with(path)}"
+            raise ValueError(reason) from error
+
+    @property
+    def keeper(self) -> BestAndLast:
+        return next(c for c in self.trainer.callbacks if isinstance(c, BestAndLast))
+
     def before_fit(self) -> None:
         self.started = time.perf_counter()
         self.first_step = self.checkpoint["global_step"] if self.checkpoint else 0
@@ -302,7 +324,10 @@ class GPTCLI(LightningCLI):
             return
         logger = self.trainer.logger
         folder = Path(logger and logger.log_dir or self.trainer.default_root_dir)
-        self._make(folder)
+        while not self._make(folder, new=self.numbered):
+            logger._version = None  # another run has taken this number in the meantime
+            folder = Path(logger.log_dir)
+        self.keeper.claim(folder / "checkpoints")  # before anything is written there
         if not logger:
             return
         path = folder / "config.yaml"
@@ -310,14 +335,18 @@ class GPTCLI(LightningCLI):
             path = path.with_name(f"config-step{self.first_step}.yaml")
         path.write_text(self.model.run_config, encoding="utf-8")
 
-    def _make(self, folder: Path) -> None:
+    def _make(self, folder: Path, new: bool = False) -> bool:
+        """Make a folder; False where a new one was asked for, and there is one of that name."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=not new)
         except OSError as error:
+            if new and folder.is_dir():
+                return False
             raise ValueError(
                 f"--trainer.default_root_dir={self.trainer.default_root_dir}: the folder {folder} "
                 f"cannot be made ({error.strerror})"
             ) from error
+        return True
 
     def after_fit(self) -> None:
         if self.trainer.global_step == self.first_step and not self.trainer.fast_dev_run:
@@ -340,6 +369,26 @@ class GPTCLI(LightningCLI):
             path, n = folder / f"predictions-{n}.npz", n + 1
         np.savez(path, ids=ids, nats=nats)
         print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
+
+
+def fault(error: Exception, world_size: int) -> str | None:
+    """What a run's end is due to, in a line; None for a fault of our own."""
+    text = str(error)
+    if isinstance(error, ValueError):
+        return text
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or text}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text:
+        return (
+            "out of memory: a smaller --data.batch_size, --data.block_size or model takes less "
+            f"({text.splitlines()[0] if text else 'MemoryError'})"
+        )
+    if "DataLoader worker" in text:
+        return f"{text.splitlines()[0]} (--data.num_workers=0 does without)"
+    if world_size > 1 and re.search("gloo|nccl|store|peer", text, re.IGNORECASE):
+        return "another process of this run has ended"
+    return None
 
 
 def as_it_was(stored: dict[str, Any]) -> dict[str, Any]:

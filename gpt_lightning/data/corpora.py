@@ -23,15 +23,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import json
 import os
 import re
 import stat
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from gpt_lightning.data.downloads import download
 from gpt_lightning.data.files import (
     cache_dir,
     file_sha256,
+    progress,
     remove_orphans,
     shown,
     why,
@@ -53,8 +53,9 @@ TINYSHAKESPEARE_URL = (
 )
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BUILTIN = ("playwright", "tinyshakespeare")
-MAX_CHARS = 10**9
+MAX_CHARS = 10**10
 HEAD = 8192  # bytes at the start of a file that tell text from binary
+LINE = np.dtype([("end", "<i8"), ("nats", "<f8")])  # of a play: the offset after it, and its cost
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,21 @@ class Corpus:
 
     name: str  # what identifies it for people; `find_corpus(name)` finds it again
     paths: tuple[Path, ...]
-    floor_path: Path | None = None  # .npz with line_ends and nats, where the entropy is known
+    floor_path: Path | None = None  # the LINEs of the text, where its entropy is known
 
-    def chunks(self, size: int = 1 << 22) -> Iterator[str]:
+    def chunks(
+        self, size: int = 1 << 22, advance: Callable[[int], object] = lambda n: None
+    ) -> Iterator[str]:
         """The text in order, in pieces made of about `size` bytes each; constant memory.
 
-        Raises ValueError naming file and byte offset where a file turns out not to be UTF-8 text,
-        and one saying that the corpus is empty if there was no character in it.
+        `advance` is told how many bytes of the files each took, once it is dealt with. Raises
+        ValueError naming file and byte offset where a file turns out not to be UTF-8 text, and one
+        saying that the corpus is empty if there was no character in it.
         """
         last = ""
         for path in self.paths:
             first = True
-            for text in _read_text(path, size):
+            for text in _read_text(path, size, advance):
                 if first and last and last != "\n":
                     yield "\n"
                 first, last = False, text[-1]
@@ -86,9 +90,12 @@ class Corpus:
         """The whole text, for small corpora; errors as those of `chunks`."""
         return "".join(self.chunks())
 
-    def sha256(self) -> str:
-        """Hex digest of the content: of the file's bytes, or of the digests of several files."""
-        digests = [file_sha256(path) for path in self.paths]
+    def sha256(self, advance: Callable[[int], object] = lambda n: None) -> str:
+        """Hex digest of the content: of the file's bytes, or of the digests of several files.
+
+        `advance` is told how many bytes are dealt with, piece by piece.
+        """
+        digests = [file_sha256(path, advance) for path in self.paths]
         if len(digests) == 1:
             return digests[0]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -99,8 +106,8 @@ class Corpus:
             return None
         from gpt_lightning.data import playwright
 
-        with np.load(self.floor_path) as known:
-            return playwright.floor(known["line_ends"], known["nats"], start, stop)
+        lines = np.memmap(self.floor_path, LINE, mode="r")
+        return playwright.floor(lines["end"], lines["nats"], start, stop)
 
 
 def find_corpus(name: str) -> Corpus:
@@ -118,8 +125,13 @@ def find_corpus(name: str) -> Corpus:
             return _from_url(name)
         return _from_path(name)
     except OSError as error:  # a full disk, a cache that cannot be written
-        where = f": {shown(error.filename)}" if error.filename else ""
-        raise ValueError(f"--data.corpus={shown(name)}{where} ({why(error)})") from error
+        folder = cache_dir()
+        where = Path(error.filename or folder)
+        advice = "; GPT_LIGHTNING_CACHE can name another folder"
+        advice = advice if where.is_relative_to(folder) else ""
+        raise ValueError(
+            f"--data.corpus={shown(name)}: {shown(where)} ({why(error)}){advice}"
+        ) from error
 
 
 # --- text files -----------------------------------------------------------------------------------
@@ -147,7 +159,7 @@ def _binary(path: Path, nul: int) -> ValueError:
     )
 
 
-def _read_text(path: Path, size: int) -> Iterator[str]:
+def _read_text(path: Path, size: int, advance: Callable[[int], object]) -> Iterator[str]:
     """The non-empty pieces of a file's text, line ends translated, byte-order mark dropped."""
     _check_head(path, _head(path))
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -172,6 +184,7 @@ def _read_text(path: Path, size: int) -> Iterator[str]:
             data, at = data[used:], at + used
             if text := newlines.decode(text, not more):
                 yield text
+            advance(len(more))
 
 
 def _has_text(head: bytes) -> bool:
@@ -237,18 +250,27 @@ def _playwright(name: str) -> Corpus:
 
     folder = cache_dir()
     stem = f"playwright-v{playwright.GRAMMAR_VERSION}-{seed}-{chars}"
-    text_path, floor_path = folder / f"{stem}.txt", folder / f"{stem}.npz"
-    if not _is_whole_play(text_path, floor_path):
+    text_path, floor_path, note_path = (folder / (stem + end) for end in (".txt", ".nats", ".json"))
+    if not _is_whole_play(text_path, floor_path, note_path):
         remove_orphans(folder, "playwright-")
-        text, line_ends, nats = playwright.write_play(seed, chars)
-        assert text.isascii() and len(text) == line_ends[-1]
-        data = text.encode("ascii")
-        digest = hashlib.sha256(data).hexdigest()
+        digests = hashlib.sha256(), hashlib.sha256()
         # the text comes last: where it is, all is
-        with write_atomically(floor_path) as file:
-            np.savez(file, line_ends=line_ends, nats=nats, sha256=digest)
-        with write_atomically(text_path) as file:
-            file.write(data)
+        with (
+            write_atomically(text_path) as text_file,
+            write_atomically(note_path) as note,
+            write_atomically(floor_path) as floor_file,
+            progress(chars, "play") as bar,
+        ):
+            for text, ends, nats in playwright.write_pieces(seed, chars):
+                lines = np.empty(len(ends), LINE)
+                lines["end"], lines["nats"] = ends, nats
+                for digest, file, data in zip(
+                    digests, (text_file, floor_file), (text.encode("ascii"), lines), strict=True
+                ):
+                    digest.update(data)
+                    file.write(data)
+                bar.update(len(text))
+            note.write(json.dumps([digest.hexdigest() for digest in digests]).encode())
     return Corpus(f"playwright:{seed}:{chars}", (text_path,), floor_path)
 
 
@@ -262,15 +284,13 @@ def _whole(name: str, part: str, text: str, low: int, high: int) -> int:
     )
 
 
-def _is_whole_play(text_path: Path, floor_path: Path) -> bool:
+def _is_whole_play(text_path: Path, floor_path: Path, note_path: Path) -> bool:
     try:
-        with np.load(floor_path) as known:
-            # nats are read as well, for the checksum that .npz files have
-            line_ends, _, digest = (known[key] for key in ("line_ends", "nats", "sha256"))
-        size = text_path.stat().st_size
-        return size == line_ends[-1] and file_sha256(text_path) == str(digest)
-    # a damaged .npz fails in many ways
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
+        digests = json.loads(note_path.read_bytes())
+        paths = text_path, floor_path
+        with progress(sum(path.stat().st_size for path in paths), "digest") as bar:
+            return digests == [file_sha256(path, bar.update) for path in paths]
+    except (OSError, ValueError):
         return False
 
 

@@ -71,21 +71,27 @@ class ExactBatches(DistributedSampler):
     """Held-out windows, every token once over all ranks; short last windows in batches of one."""
 
     def __init__(self, spans: list[windows.Span], block_size: int, batch_size: int, trainer):
-        starts, lengths = windows.exact_windows(spans, block_size)
-        full, short = starts[lengths == block_size], lengths < block_size
-        cuts = range(0, len(full), batch_size)
-        self.batches = [(full[i : i + batch_size], block_size) for i in cuts]
-        self.batches += [
-            (np.array([start]), int(length))
-            for start, length in zip(starts[short], lengths[short], strict=True)
-        ]
+        self.windows, self.batch_size = windows.ExactWindows(spans, block_size), batch_size
+        self.full = -(-len(self.windows) // batch_size)  # batches of windows of block_size
         self.trainer = trainer
 
+    def _numbers(self) -> range:
+        """Those of all batches that fall to this rank."""
+        total = self.full + len(self.windows.short)
+        return range(self.trainer.global_rank, total, self.trainer.world_size)
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        return iter(self.batches[self.trainer.global_rank :: self.trainer.world_size])
+        size, count = self.batch_size, len(self.windows)
+        for i in self._numbers():
+            if i < self.full:
+                numbers = np.arange(i * size, min((i + 1) * size, count), dtype=np.int64)
+                yield self.windows.starts(numbers), self.windows.block_size
+            else:
+                start, length = self.windows.short[i - self.full]
+                yield np.array([start], np.int64), length
 
     def __len__(self) -> int:
-        return len(self.batches[self.trainer.global_rank :: self.trainer.world_size])
+        return len(self._numbers())
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing to do: the order is fixed."""
@@ -121,6 +127,8 @@ class TextDataModule(LightningDataModule):
         stride: distance of neighbouring sliding windows; block_size unless given.
         split: `tail` holds out the end (the lecture's last 10%), `blocks` pieces throughout.
         val_fraction: how much of the text is held out.
+        max_val_tokens: validate on the first so many held-out tokens only, where the text is large;
+            on all unless given.
         unknown: characters that a given vocabulary lacks: `error`, `drop` or `replace`.
         vocabulary: the characters of the vocabulary, where they are not to be the text's own.
         overfit_batches: train on the first so many batches alone, over and over; 0 on all.
@@ -130,7 +138,7 @@ class TextDataModule(LightningDataModule):
     Attributes:
         tokenizer, vocab_size: of this text.
         tokens: (N,) the whole text, memory-mapped, in the smallest unsigned type that fits.
-        train_spans, val_spans: lists of (start, stop) in tokens.
+        train_spans, val_spans: lists of (start, stop) in tokens; val_spans of what is validated.
 
     Raises:
         ValueError: in one line, for whatever is wrong with the text or the settings.
@@ -146,6 +154,7 @@ class TextDataModule(LightningDataModule):
         stride: int | None = None,
         split: Literal["tail", "blocks"] = "tail",
         val_fraction: float = 0.1,
+        max_val_tokens: int | None = None,
         unknown: Literal["error", "drop", "replace"] = "error",
         vocabulary: str | None = None,
         overfit_batches: int = 0,
@@ -158,8 +167,9 @@ class TextDataModule(LightningDataModule):
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("overfit_batches", overfit_batches, 0),
+            ("max_val_tokens", max_val_tokens, block_size + 1),  # a window and the token after it
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"--data.{flag}={value} must be at least {least}")
         self.save_hyperparameters(logger=False)
         self.corpus = find_corpus(corpus)
@@ -171,6 +181,8 @@ class TextDataModule(LightningDataModule):
         self.train_spans, self.val_spans = windows.split_spans(
             len(self.tokens), split, val_fraction, block_size
         )
+        if max_val_tokens is not None:
+            self.val_spans = windows.first_tokens(self.val_spans, max_val_tokens)
         if choose("--data.sampling", sampling, ("sliding", "random")) == "sliding":
             stride = block_size if stride is None else stride
             self.windows = windows.SlidingWindows(self.train_spans, block_size, stride, seed)

@@ -10,9 +10,14 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is being written cannot be removed anyway
+    fcntl = None
 
 
 def cache_dir() -> Path:
@@ -56,6 +61,7 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
+            _lock(file)  # tells it from an orphan
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,27 +76,45 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def _lock(file: BinaryIO) -> bool:
+    """Take the file's lock; False where there are none, BlockingIOError where another has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fcntl is not None
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems
+        return False
+
+
 def remove_orphans(folder: Path, prefix: str, age: float = 86400.0) -> None:
-    """Remove what killed `write_atomically`s of `prefix...` left in `folder`, `age` seconds ago."""
+    """Remove what killed `write_atomically`s of `prefix...` left in `folder`.
+
+    That is what nobody has the lock of; where there are no locks, what is `age` seconds old.
+    """
     ours = re.compile(re.escape(f".{prefix}") + r".*\.[0-9a-f]{16}\.tmp")
     for path in folder.iterdir():
         if ours.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # another process may be quicker
-                if path.stat().st_mtime < time.time() - age:
+            with contextlib.suppress(OSError):  # it is being written, or somebody was quicker
+                with path.open("r+b") as file:
+                    enough = min(age, 1) if _lock(file) else age  # one just made has no lock yet
+                if path.stat().st_mtime <= time.time() - enough:
                     path.unlink()
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of the file's bytes, read in pieces."""
+def file_sha256(path: Path, advance: Callable[[int], object] = lambda n: None) -> str:
+    """Hex digest of the file's bytes, read in pieces; `advance` is told the bytes of each."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 
 def progress(total: int | None, title: str, initial: int = 0):
-    """A tqdm bar of bytes, on a terminal only, and only after two seconds."""
+    """A tqdm bar of bytes, rate and time left, on a terminal only, and only after two seconds."""
     from tqdm import tqdm  # not above: it takes time that a start without a bar can do without
 
     style = dict(unit="B", unit_scale=True, leave=False, delay=2, disable=None)

@@ -14,7 +14,7 @@ derivation, the recogniser reads only the text and sums over all derivations.
 import math
 import random
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate, combinations
@@ -374,6 +374,25 @@ def write_lines(seed: int = DEFAULT_SEED) -> Iterator[tuple[str, float]]:
         yield line + "\n", cost + math.log(sums[-1] / weight)
 
 
+def write_pieces(
+    seed: int = DEFAULT_SEED, chars: int = DEFAULT_CHARS, size: int = 1 << 20
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """The play of `write_play` in pieces of about `size` characters; constant memory.
+
+    Yields the text of some lines, the play's offset after each, and the cost of each.
+    """
+    source, end = write_lines(seed), 0
+    while end < chars:
+        lines, ends, nats, stop = [], [], [], min(end + size, chars)
+        while end < stop:
+            line, cost = next(source)
+            end += len(line)
+            lines.append(line)
+            ends.append(end)
+            nats.append(cost)
+        yield "".join(lines), np.array(ends, np.int64), np.array(nats, np.float64)
+
+
 def write_play(
     seed: int = DEFAULT_SEED, chars: int = DEFAULT_CHARS
 ) -> tuple[str, np.ndarray, np.ndarray]:
@@ -382,15 +401,9 @@ def write_play(
     Returns the text, the character offset after each line, int64 (L,), and the cost of each line
     in nats, float64 (L,).
     """
-    lines, ends, nats, end = [], [], [], 0
-    source = write_lines(seed)
-    while end < chars:
-        line, cost = next(source)
-        end += len(line)
-        lines.append(line)
-        ends.append(end)
-        nats.append(cost)
-    return "".join(lines), np.array(ends, np.int64), np.array(nats, np.float64)
+    nothing = "", np.zeros(0, np.int64), np.zeros(0, np.float64)
+    texts, ends, nats = zip(nothing, *write_pieces(seed, chars), strict=True)
+    return "".join(texts), np.concatenate(ends), np.concatenate(nats)
 
 
 # --- Recognising ----------------------------------------------------------------------------------
@@ -463,11 +476,14 @@ def recognise(text: str) -> np.ndarray:
 def floor(line_ends: np.ndarray, nats: np.ndarray, start: int, stop: int) -> float:
     """Nats per character that the best model pays on characters [start, stop), given all before.
 
-    ``line_ends`` and ``nats`` are those of ``write_play``; a line cut by a boundary is counted in
-    proportion. Raises ValueError if the range is empty or reaches outside the text.
+    ``line_ends`` and ``nats`` are those of ``write_play``, in memory or mapped from a file; a line
+    cut by a boundary is counted in proportion. Raises ValueError if the range is empty or reaches
+    outside the text.
     """
     if not 0 <= start < stop <= (line_ends[-1] if len(line_ends) else 0):
         raise ValueError(f"no characters [{start}, {stop}) in the text")
-    offsets, costs = np.append(0, line_ends), np.append(0.0, np.cumsum(nats))
-    before, after = np.interp([start, stop], offsets, costs)
-    return float((after - before) / (stop - start))
+    first, last = bisect_right(line_ends, start), bisect_left(line_ends, stop)
+    begins = [int(line_ends[i - 1]) if i else 0 for i in (first, last)]
+    before = nats[first] * (start - begins[0]) / (line_ends[first] - begins[0])
+    after = nats[last] * (line_ends[last] - stop) / (line_ends[last] - begins[1])
+    return float((nats[first : last + 1].sum() - before - after) / (stop - start))

@@ -92,7 +92,9 @@ class CharTokenizer:
                 while rest := rest.translate(None, known):
                     known += bytes(set(rest[:4096]))
             else:
-                seen[_code_points(chunk)] = True
+                codes = _code_points(chunk)
+                if not seen.take(codes).all():  # seldom, and cheaper than to set them all
+                    seen[codes] = True
         seen[list(known)] = True
         if not seen.any():
             raise ValueError("there is no character to make a vocabulary of: the text is empty")

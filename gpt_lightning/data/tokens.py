@@ -1,16 +1,19 @@
 """Tokens: a corpus encoded once into a memory-mapped .npy file, and found there ever after.
 
-Two passes over the text, both in constant memory: one for the vocabulary (where it is not given),
-one to encode. An entry of the cache is `tokens-KIND-KEY.npy` with a JSON note of its tokenizer; the
-key is a hash of all that the ids depend on, so entries never change, and of two runs that build one
-at once either may win. The note is written first: where the .npy is, the entry is complete.
+Three passes over the text, all in constant memory: one for its digest, one for the vocabulary
+(where it is not given), one to encode. Later starts take the digest again, which is a second or two
+for 2 GB: a file's size and times tell nearly always whether it has changed, and a run must never
+train on what its text was before.
+
+An entry of the cache is `tokens-KIND-KEY.npy` with a JSON note of its tokenizer; the key is a hash
+of all that the ids depend on, so entries never change, and of two runs that build one at once
+either may win. The note is written first: where the .npy is, the entry is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +39,6 @@ from gpt_lightning.data.tokenizers import (
 )
 
 FORMAT = 1  # changes whenever entries of the cache would be encoded or laid out otherwise
-BAR_BYTES = 64 << 20  # a smaller corpus takes a second and needs no progress bar
 PIECE = 1 << 16  # bytes encoded at a time: their code points and ids stay in the processor's cache
 
 
@@ -72,7 +74,8 @@ def prepare_tokens(
     if given and tokenizer != "char":
         raise ValueError(f"--data.vocabulary is for the char tokenizer, not for {tokenizer}")
     before = _stamps(corpus)
-    content = corpus.sha256()
+    with _bar(corpus, "digest") as bar:
+        content = corpus.sha256(bar.update)
     parts = [FORMAT, content, tokenizer, vocabulary, unknown if given else None]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     folder = Path(cache) if cache else cache_dir()
@@ -86,7 +89,8 @@ def prepare_tokens(
         if given:
             coder = CharTokenizer(vocabulary, unknown)
         else:
-            coder = train_tokenizer(tokenizer, _with_bar(corpus, "vocabulary"), unknown)
+            with _bar(corpus, "vocabulary") as bar:
+                coder = train_tokenizer(tokenizer, corpus.chunks(PIECE, bar.update), unknown)
         _build(entry, corpus, coder)
     except OSError as error:
         raise ValueError(
@@ -113,15 +117,9 @@ def _stamps(corpus: Corpus) -> list[tuple[int, int]]:
     return [(one.st_size, one.st_mtime_ns) for one in found]
 
 
-def _with_bar(corpus: Corpus, title: str) -> Iterator[str]:
-    total = sum(size for size, _ in _stamps(corpus))
-    if total <= BAR_BYTES:
-        yield from corpus.chunks(PIECE)
-        return
-    with progress(total, title) as bar:
-        for chunk in corpus.chunks(PIECE):
-            yield chunk
-            bar.update(len(chunk if chunk.isascii() else chunk.encode()))
+def _bar(corpus: Corpus, title: str):
+    """A progress bar for one pass over the bytes of a corpus."""
+    return progress(sum(size for size, _ in _stamps(corpus)), title)
 
 
 def _header(dtype: np.dtype, count: int) -> bytes:
@@ -132,9 +130,9 @@ def _header(dtype: np.dtype, count: int) -> bytes:
 
 def _build(entry: Path, corpus: Corpus, coder: Tokenizer) -> None:
     count = 0
-    with write_atomically(entry) as file:
+    with write_atomically(entry) as file, _bar(corpus, "tokens") as bar:
         file.write(_header(coder.dtype, 0))
-        for chunk in _with_bar(corpus, "tokens"):
+        for chunk in corpus.chunks(PIECE, bar.update):
             try:
                 ids = coder.encode(chunk, offset=count)  # of characters: none is left out
             except ValueError as error:

@@ -7,11 +7,17 @@ import torch
 from torch import nn
 
 from gpt_lightning.checkpoint import KEY, read_checkpoint
-from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_state
+from gpt_lightning.data.tokenizers import (
+    UNKNOWN,
+    ByteTokenizer,
+    CharTokenizer,
+    choose,
+    tokenizer_from_state,
+)
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.precision import for_writing
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.model import build_model
+from gpt_lightning.model import load_model
 
 Tokenizer = CharTokenizer | ByteTokenizer
 
@@ -48,6 +54,7 @@ class Writer:
         Raises:
             ValueError: in one line, if the file is none of ours, or torn, or the precision unknown.
         """
+        choose("unknown", unknown, UNKNOWN)
         checkpoint = read_checkpoint(path)
         prefix = "net."  # the attribute of the LightningModule that holds the model
         weights = {
@@ -55,14 +62,15 @@ class Writer:
             for name, tensor in checkpoint["state_dict"].items()
             if name.startswith(prefix)
         }
+        entry = checkpoint[KEY]
         try:
-            entry = checkpoint[KEY]
-            model = build_model(**entry["model"])
-            model.load_state_dict(weights)
+            model = load_model(weights, **entry["model"])
             tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
-        except (LookupError, TypeError, RuntimeError) as error:
+            if tokenizer.vocab_size != model.config.vocab_size:
+                raise ValueError("another vocabulary")
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"--ckpt_path={path}: what it says of its model does not fit its weights"
+                f"--ckpt_path={path}: what it says of its model does not fit its weights: {error}"
             ) from error
         return cls(for_writing(model.to(device).eval(), precision), tokenizer)
 
@@ -88,7 +96,7 @@ class Writer:
 
         Raises:
             ValueError: in one line, for a prompt with a character that the model never saw, or
-                settings out of range.
+                settings out of range, or a model whose predictions are no finite numbers.
         """
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
@@ -101,8 +109,16 @@ class Writer:
         batch = torch.tensor([ids] * num_samples)
         decoders = [self.tokenizer.stream_decoder() for _ in range(num_samples)]
         sampling = sampling or Sampling()
-        for step in generate(self.model, batch, max_new_tokens, sampling, generator, stops):
-            yield ["" if i is None else decode(i) for decode, i in zip(decoders, step, strict=True)]
+        steps = generate(self.model, batch, max_new_tokens, sampling, generator, stops)
+        try:
+            for step in steps:
+                yield [
+                    "" if i is None else decode(i) for decode, i in zip(decoders, step, strict=True)
+                ]
+        except RuntimeError as error:  # torch's, of a draw
+            if "probability tensor" not in str(error):
+                raise
+            raise ValueError("this model's predictions are no finite numbers") from error
         yield [decode(None) for decode in decoders]  # what is left of a character cut short
 
     def write(self, prompt: str = "", **settings) -> list[str]:

@@ -1,11 +1,15 @@
 """Token ids (B, T) in, logits (B, T, V) out: every model, built by name from plain settings."""
 
+import os
+import re
 from dataclasses import asdict, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
+import torch
 from torch import nn
 
-from gpt_lightning.model.gpt import GPT, GPTConfig
+from gpt_lightning.model.gpt import GPT, PAIRS, GPTConfig
 from gpt_lightning.model.lecture import Bigram, LectureConfig, LectureGPT
 
 MODELS = {
@@ -13,6 +17,8 @@ MODELS = {
     "lecture": (LectureGPT, LectureConfig),
     "bigram": (Bigram, LectureConfig),
 }
+LAYER = 1 << 15  # bytes that a layer's Python objects take, however small its weights are
+TABLES = 1 << 28  # bytes of what a stranger's model may compute for its positions
 
 
 def build_config(name: str, **settings: Any) -> GPTConfig | LectureConfig:
@@ -26,24 +32,105 @@ def build_config(name: str, **settings: Any) -> GPTConfig | LectureConfig:
     if name not in MODELS:
         raise ValueError(f"--model.name={name} is unknown; choose one of {', '.join(MODELS)}")
     config = MODELS[name][1]
-    own = {field.name for field in fields(config)}
+    own = {field.name: field.type for field in fields(config)}
     for switch in fields(LectureConfig):
-        if switch.name in settings.keys() - own:
+        if switch.name in settings.keys() - own.keys():
             value = settings.pop(switch.name)
             if value != switch.default:
                 raise ValueError(
                     f"--model.{switch.name}={value} is a setting of --model.name=lecture, not of "
                     f"--model.name={name}"
                 )
+    for key in settings.keys() & own.keys():
+        value, kinds = settings[key], get_args(own[key]) or (own[key],)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"--model.{key}={str(value)[:40]!r} must be of type {wanted}")
     return config(**settings)
 
 
 def build_model(name: str, **settings: Any) -> nn.Module:
-    """Build the model `name` from the settings of its config class; raises as `build_config`."""
+    """Build the model `name` from the settings of its config class.
+
+    Raises:
+        ValueError: as `build_config`, and for a model that has no room in this machine's memory.
+    """
     config = build_config(name, **settings)
+    refuse_too_large(name, config)
     return MODELS[name][0](config)
+
+
+def load_model(weights: dict[str, torch.Tensor], name: str, **settings: Any) -> nn.Module:
+    """Build the model `name` and fill in its weights, which may be a stranger's.
+
+    Memory is taken for as many numbers as the weights have, and no more.
+
+    Raises:
+        ValueError: in one line, if the settings do not fit the weights, or if those that are in no
+            weight (the context's length, where positions are computed) would take too much memory.
+    """
+    config = build_config(name, **settings)
+    if numbers(name, config) != sum(tensor.numel() for tensor in weights.values()):
+        raise ValueError("other shapes")
+    if config.n_layer > max(len(weights), 1000):  # a bigram has settings that are in no weight
+        raise ValueError(f"n_layer={config.n_layer}")
+    window = 8 * config.n_layer * config.block_size * config.n_embd  # keys and values, in fp32
+    if 4 * table_numbers(name, config) > TABLES or window > memory():
+        raise ValueError(f"its block_size={config.block_size} would take too much memory")
+    model = MODELS[name][0](config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError("other names or shapes") from error
+    return model
 
 
 def model_settings(name: str, model: nn.Module) -> dict[str, Any]:
     """What `build_model` needs to build `model` again, as plain types."""
     return {"name": name, **asdict(model.config)}
+
+
+def refuse_too_large(name: str, config: GPTConfig | LectureConfig, times: int = 1) -> None:
+    """Raise a ValueError for a model whose weights, so many times, have no room in memory."""
+    needed = 4 * (times * numbers(name, config) + table_numbers(name, config))
+    needed += config.n_layer * LAYER * (name != "bigram")
+    if needed > memory():
+        raise ValueError(
+            f"--model.n_layer={config.n_layer} and --model.n_embd={config.n_embd} with "
+            f"--data.block_size={config.block_size} and {config.vocab_size:,} tokens take "
+            f"{needed / 1e9:.3g} GB, where this machine has {memory() / 1e9:.3g} free; choose "
+            "smaller ones"
+        )
+
+
+def numbers(name: str, config: GPTConfig | LectureConfig) -> int:
+    """How many numbers the weights are, without building them."""
+    V, T, C = config.vocab_size, config.block_size, config.n_embd
+    if name == "bigram":
+        return V * V
+    if name == "gpt":
+        return (2 * V + min(V * V, PAIRS)) * C + config.n_layer * (12 * C + V) * C
+    bias, width = int(config.bias), config.ffwd * C
+    norm = config.norm * (1 + bias) * C
+    layer = 3 * C * C + norm + config.proj * (C + bias) * C
+    if config.ffwd:
+        layer += norm + (C + bias) * width + config.proj * (width + bias) * C
+    return (V + T) * C + config.n_layer * layer + norm + (C + 1) * V
+
+
+def table_numbers(name: str, config: GPTConfig | LectureConfig) -> int:
+    """How many numbers a model computes for its positions."""
+    return 2 * config.block_size * (config.n_embd // config.n_head) if name == "gpt" else 0
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has free, where that can be asked; else a great many."""
+    found = [1 << 50]
+    try:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        found.append(int(available[1]) * 1024)
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container
+    except (AttributeError, OSError, TypeError, ValueError):
+        pass
+    return min(found)

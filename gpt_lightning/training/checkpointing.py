@@ -15,8 +15,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.checkpoint import read_checkpoint
-from gpt_lightning.data.files import remove_orphans, write_atomically
+from gpt_lightning.data.files import remove_orphans, why, write_atomically
 from gpt_lightning.training.callbacks import stepped
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder are not kept apart there
+    fcntl = None
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -24,15 +29,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     At every moment the target is the old file, whole, or the new one, whole. Lightning's own
     writes to $TMPDIR and moves: across file systems that is a copy, which can be cut short.
+
+    Raises:
+        ValueError: in one line, if it cannot be written: a full disk, a read-only folder.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as file:
-            torch.save(checkpoint, file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch's writer, closing a file that it could not write to, raises over the reason
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise ValueError(f"{path} could not be written ({why(reason)})") from error
 
 
 class Interrupted(Exception):
@@ -56,7 +71,11 @@ class BestAndLast(Checkpoint):
             saved in any case. 0 saves that only.
 
     Raises:
-        ValueError: if the folder already holds another run's checkpoints.
+        ValueError: if the folder already holds another run's checkpoints, or another process is
+            training there.
+
+    Attributes:
+        safe: the newest checkpoint that this run has, and its step; None before the first.
     """
 
     def __init__(self, every_n_train_steps: int = 300):
@@ -67,6 +86,8 @@ class BestAndLast(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.best_val_loss, self.best_step, self.last_step = float("inf"), 0, -1
         self.folder: Path | None = None
+        self.safe: tuple[Path, int] | None = None
+        self.lock: int | None = None
         self.signum: int | None = None
         self.old_handlers: dict[int, Any] = {}
 
@@ -84,10 +105,45 @@ class BestAndLast(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.claim(self.folder)
+
+    def claim(self, folder: Path) -> None:
+        """Hold `folder` for as long as this process lives: two runs would mix their files.
+
+        Raises:
+            ValueError: if another process holds it.
+        """
+        if fcntl is None or self.lock is not None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(folder, os.O_RDONLY)
+        # loader workers must not hold it: they outlive a killed run by seconds
+        os.register_at_fork(after_in_child=self._let_go)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {folder.parent}; let it end, or choose another "
+                "--trainer.default_root_dir"
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.ckpt_path is not None:
             self.last_step = trainer.global_step
+            self.safe = Path(trainer.ckpt_path), trainer.global_step
             if trainer.is_global_zero and self.folder.exists():
                 for name in ("last", "best"):  # a save that a kill cut short
                     remove_orphans(self.folder, f"{name}.ckpt", age=0)
@@ -169,9 +225,11 @@ class BestAndLast(Checkpoint):
         self._restore_handlers()
 
     def _save(self, trainer: Trainer, path: Path) -> None:
+        trainer.lightning_module.refuse_not_finite(trainer.global_step)
         for logger in trainer.loggers:
             logger.save()  # no checkpoint may be ahead of the curves on disk
         trainer.save_checkpoint(path)
+        self.safe = path, trainer.global_step
         if path == self.last_path:
             self.last_step = trainer.global_step
 

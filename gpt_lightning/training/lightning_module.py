@@ -132,6 +132,7 @@ class GPTModule(LightningModule):
             hidden_matrices(self.net)  # refused here if there are none, before a run has its folder
         self.val_loss = MeanMetric()
         self.grad_norm: torch.Tensor | None = None
+        self.next_loss: torch.Tensor | None = None  # of the present step
         self.run_config: str | None = None  # YAML: what the command line was told, for resuming
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -220,7 +221,8 @@ class GPTModule(LightningModule):
             logs = F.log_softmax(logits.float(), dim=-1)
             entropy = -(logs.exp() * logs).sum(dim=-1).mean()
             loss = loss - self.hparams.confidence_penalty * entropy
-        return {"loss": loss, "next": next_loss.detach()}
+        self.next_loss = next_loss.detach()
+        return {"loss": loss, "next": self.next_loss}
 
     def configure_callbacks(self) -> list[Callback]:
         return [RunLog()]
@@ -230,12 +232,37 @@ class GPTModule(LightningModule):
     ) -> None:
         if gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        if limit < math.inf or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        else:
+            limit = math.inf if gradient_clip_val is None else gradient_clip_val
             # the optimizer's list: to walk through the modules takes longer than the norms
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        # a GPU is asked seldom: each time it has to finish what it was told to do
+        if self.device.type == "cpu" or logged:
+            self.refuse_not_finite(self.global_step + 1)
+
+    def refuse_not_finite(self, step: int) -> None:
+        """Raise a ValueError if loss or gradient of the newest step, number `step`, is not finite.
+
+        On a CPU that is before the optimizer takes the step. On a GPU it is some steps late, but
+        before anything is saved: weights that are once not finite never give a finite loss again.
+        """
+        if self.next_loss is None:
+            return
+        # fp16's scaler meets gradients that are not finite, and passes over such a step, by design
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        loss = float(self.next_loss)
+        norm = 0.0 if scaled or self.grad_norm is None else float(self.grad_norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(group["lr"] for group in groups))
+        raise ValueError(
+            f"step {step:,} has a loss of {loss:g} and a gradient of norm {norm:g} "
+            f"at a learning rate of {rates}: lower --model.learning_rate and "
+            "--model.muon_learning_rate, or try --trainer.precision=32-true"
+        )
 
     # validation
 

@@ -1,10 +1,12 @@
 """What a run says to the person who started it: what it is about to do, and what came of it."""
 
 import math
+import shlex
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 
-from gpt_lightning.checkpoint import HOW
+from gpt_lightning.checkpoint import HOW, go_on_with
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.training.callbacks import RunLog
 from gpt_lightning.training.checkpointing import BestAndLast
@@ -69,6 +71,11 @@ def closing_table(trainer: Trainer, model: GPTModule, seconds: float, first_step
             rows.append(("the floor", f"{data.val_floor:.4f} nats: {away:.4f} above it"))
     path = keeper.best_path if keeper.best_path.exists() else keeper.last_path
     rows.append(("checkpoints", str(keeper.folder)))
-    rows.append(("write with it", f'{HOW} generate --ckpt_path={path} --prompt "..."'))
+    write = f'{HOW} generate --ckpt_path={shlex.quote(str(path))} --prompt "..."'
+    rows.append(("write with it", write))
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
+    if any(timer.time_remaining() <= 0 for timer in timers):
+        go_on = f"{go_on_with(keeper.last_path)} --trainer.max_time=null"
+        rows.append(("go on with", go_on))
     width = max(len(name) for name, _ in rows)
     return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
