@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import generation, loss, overhead, same_shape, scale, step
+from benchmarks import big_text, generation, loss, overhead, same_shape, scale, soak, step
 from benchmarks.report import write
 
 BESIDE = ("loss", "same_shape", "generation")  # those with nanoGPT in turn
@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         ("generation", "characters written a second, nanoGPT and transformers beside it"),
         ("scale", "time and memory against width, depth, context and text"),
         ("step", "where the time of a step goes"),
+        ("big_text", "preparing gigabytes of text, and a step on them beside a small text's"),
+        ("soak", "memory, open files and step time in a long run"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--rounds", type=int, default=3, help="of each side; medians")
@@ -31,8 +33,14 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--config", type=Path, required=True, help="of ours")
         if name == "loss":
             command.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2, 3, 4])
+        if name == "soak":
+            command.add_argument("--minutes", type=float, default=60.0)
+            command.add_argument("--picture", type=Path, default=Path("docs/soak.png"))
+        if name in ("loss", "soak"):
             command.add_argument("--flag", action="append", default=[], help="more for our fit")
-        if name in ("same_shape", "overhead", "scale"):
+        if name == "big_text":
+            command.add_argument("--gigabytes", type=float, default=2.0)
+        if name in ("same_shape", "overhead", "scale", "big_text"):
             command.add_argument("--steps", type=int, default=40 if name == "scale" else 300)
     args = parser.parse_args(argv)
     # every process that is started from here finds this project, wherever it runs
@@ -58,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         elif name == "step":
             found = step.measure(args.config, args.rounds)
             name = f"step_{args.config.stem}"
+        elif name == "big_text":
+            found = big_text.measure(args.gigabytes, args.rounds, args.steps)
+        elif name == "soak":
+            found = soak.measure(args.minutes, args.flag, args.picture)
         else:
             found = generation.measure(args.nanogpt, args.rounds)
     except ValueError as error:

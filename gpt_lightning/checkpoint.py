@@ -12,7 +12,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -94,16 +94,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             found = read_pickle(file.read(size), {name: n for name, (_, n) in entries.items()})
             _refuse_malformed(found, path)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return _load(file)
     except (Torn, OSError) as error:
         raise Damaged(
             f"--ckpt_path={path} cannot be read: torn, or no checkpoint at all ({error})"
         ) from error
-    except (Foreign, pickle.UnpicklingError, RuntimeError, MemoryError) as error:
+    except (Foreign, MemoryError) as error:
         raise ValueError(
             f"--ckpt_path={path} is no checkpoint of plain tensors (nothing in it was run; "
-            f"{str(error)[:200] or type(error).__name__})"
+            f"{error or 'out of memory'})"
         ) from error
+
+
+def _load(file: BinaryIO) -> dict[str, Any]:
+    """torch's reading of a file in which we found nothing wrong; it may still find something."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise Foreign("torch refuses it") from error
+    except Exception as error:  # half a dozen kinds, for an archive
+        raise Torn(f"torch says {type(error).__name__}") from error
 
 
 def _refuse_malformed(checkpoint: Any, path: Path) -> None:

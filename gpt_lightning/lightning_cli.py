@@ -203,7 +203,7 @@ class GPTCLI(LightningCLI):
                 version=folder.name if folder else None,
                 default_hp_metric=False,
                 # hides what a killed run logged after the step that it goes on from
-                purge_step=step + 1 if folder else None,
+                purge_step=step + 1,
                 flush_secs=10,
             )
         if not config.plugins:

@@ -55,11 +55,15 @@ def read_archive(file: BinaryIO) -> dict[str, tuple[int, int]]:
     for _ in range(count):
         fields, name, extra = _record(ENTRY, directory, place, comments=True)
         place += ENTRY.size + len(name) + len(extra)
-        signature, _, _, flags, method, _, _, crc, packed, length, *_, start = fields
+        signature, _, _, flags, method, _, _, crc, packed, length, *_, disk, _, kind, start = fields
         match = NAME.fullmatch(name)
         _check(signature == 0x02014B50 and match, "an entry that is none of ours")
         folder = folder or match[1]
-        _check(match[1] == folder and method == 0 and packed == length, "an entry not as ours are")
+        _check(match[1] == folder and packed == length, "an entry that is none of ours")
+        # bit 3: checksum and size follow the data; bit 11: the name is UTF-8. Of a kind that is not
+        # 0, a folder's say, torch's reader makes whatever lay in memory
+        expected = (0, 0, 0, 0x0808 if length else 0x0800)
+        _check((method, disk, kind, flags) == expected, "an entry not as ours are")
         length, start = _wide(length, start, extra)
         name = match[2].decode()
         _check(start == at and name not in found, "entries that overlap")
@@ -67,6 +71,7 @@ def read_archive(file: BinaryIO) -> dict[str, tuple[int, int]]:
         _check(begin + length <= offset, "an entry beyond its end")
         _check(_crc(file, begin, length) == crc, "a wrong checksum")
         ends = struct.pack("<II" + ("QQ" if extra else "II"), 0x08074B50, crc, length, length)
+        ends = ends if length else b""
         _check(file.read(len(ends)) == ends, "an entry that ends otherwise")
         found[name], at = (begin, length), begin + length + len(ends)
     _check(place == len(directory) and at == offset, "something between its entries")
@@ -124,8 +129,7 @@ def _local(file: BinaryIO, start: int, flags: int, name: bytes) -> int:
     _check(len(head) == LOCAL.size + len(name), "cut short")
     signature, _, its_flags, method, *_, name_length, extra = LOCAL.unpack_from(head)
     _check((signature, method, name_length) == (0x04034B50, 0, len(name)), "another header")
-    # bit 3: sizes follow the data; bit 11: the name is UTF-8
-    _check(its_flags == flags == 0x0808 and head[LOCAL.size :] == name, "another header")
+    _check(its_flags == flags and head[LOCAL.size :] == name, "another header")
     return file.seek(extra, 1)
 
 
@@ -284,17 +288,22 @@ def _tensor(storage, offset, size, stride, requires_grad, hooks) -> Tensor:
     _allow(type(hooks) is OrderedDict and len(size) == len(stride) <= 8, "it has an odd tensor")
     numbers = (offset, *size, *stride)
     _allow(all(type(n) is int and 0 <= n < 1 << 48 for n in numbers), "it has an odd tensor")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True) if n)
     room = math.prod(max(n, 1) for n in size)  # of an expanded tensor more than is there
-    _allow(last < max(storage.numel, 1) and room <= max(storage.numel, 1), "a tensor does not fit")
-    _allow(0 in size or storage.numel, "a tensor does not fit")
+    if 0 in size:
+        _allow(room < 1 << 48 and offset <= storage.numel, "a tensor does not fit")
+    else:
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        _allow(last < storage.numel and room <= storage.numel, "a tensor does not fit")
     return Tensor(size)
 
 
 def _bound(value: Any) -> None:
-    left, todo = VALUES, [(value, 0)]
+    left, todo, tensors = VALUES, [(value, 0)], set()
     while todo:
         value, depth = todo.pop()
+        if type(value) is Tensor:  # once: who copies it takes no more memory than the file has
+            _allow(id(value) not in tensors, "a tensor stands in two places")
+            tensors.add(id(value))
         if type(value) in PLAIN:
             continue
         _allow(type(value) in (dict, OrderedDict, list, tuple), "it holds a value of no plain type")

@@ -260,6 +260,8 @@ def wrong_end(found: Kill, said: str, new: set[str]) -> list[str]:
         allowed = graceful | {-first} | ({-signal.SIGKILL} if killed else set())
     else:
         allowed = graceful or {-signal.SIGKILL}
+    if "Fatal Python error: init" in said:  # the interpreter's own start, before there is a command
+        allowed = {1}
     if found.code not in allowed:
         last = (said.strip() or "nothing said").splitlines()[-1]
         faults.append(f"exit: code {found.code} in place of {sorted(map(int, allowed))}: {last}")
@@ -268,8 +270,8 @@ def wrong_end(found: Kill, said: str, new: set[str]) -> list[str]:
             faults.append("words: no line says how to go on")
         if said.count("Stopping after this step") != 1:
             faults.append(f"words: 'Stopping' {said.count('Stopping after this step')} times")
-    # a worker that outlives its run by a moment may print one
-    if "Traceback" in said and strike.where != "start" and not killed:
+    # who cuts short the end itself may see one: of a worker left alone, of Python's cleaning up
+    if "Traceback" in said and strike.where != "start" and len(strike.signals) == 1 and not killed:
         faults.append("words: a traceback")
     if new and found.code in graceful:
         faults.append(f"orphans: {new} of a run that ended by itself")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import nanogpt, ours, scale, step
+from benchmarks import big_text, nanogpt, ours, scale, soak, step
 from benchmarks.__main__ import main
 from benchmarks.loss import line
 from benchmarks.report import spread, table, write
@@ -139,3 +139,46 @@ def test_scale_leaves_out_the_first_turn_and_compares_with_the_first_row(monkeyp
     assert all("--trainer.max_steps=7" in flags for flags in calls)
     assert all(len(runs) == 2 for runs in figures["runs"].values())
     assert "| width 512 | 100 | 0.50 | 501 MB | 1.00 |" in text
+
+
+def test_a_big_text_is_prepared_its_order_proven_and_its_steps_compared(monkeypatch):
+    prepared, fitted = [], []
+
+    def fit(config, *flags):
+        path = next(flag.partition("=")[2] for flag in flags if "corpus" in flag)
+        fitted.append(path.rpartition("/")[2])
+        steps = [2.0, 1.0, 3.0][(len(fitted) - 1) // 2]
+        slower = 1.5 if "big" in path else 1.0
+        return {"training": steps * slower, "steps": 10, "memory": 500 * slower}
+
+    def prepare(path):
+        text = path.read_text(encoding="utf-8")
+        prepared.append(text)
+        return {"tokens": len(text), "memory": 3.0 + len(prepared), "mb_per_second": 100.0}
+
+    monkeypatch.setattr(ours, "fit", fit)
+    monkeypatch.setattr(big_text, "prepare", prepare)
+    figures, text = big_text.measure(gigabytes=0.001, rounds=2, steps=10)
+    assert fitted == ["big.txt", "small.txt", "small.txt", "big.txt", "big.txt", "small.txt"]
+    assert prepared[0].isascii() and "😀" in prepared[2] and "龥" > prepared[2].split()[-1] > "ÿ"
+    for whole in prepared:
+        assert 1e6 <= len(whole.encode()) < 1.6e6
+        assert whole[:250_000] != whole[250_000:500_000]
+    assert figures["preparation"]["windows"] == 7030  # of 900,014 tokens, at any of 128 phases
+    assert "| of the small text's | 1.500 |" in text and "above the imports' | 6 MB |" in text
+
+
+def test_an_order_that_is_no_permutation_is_noticed(monkeypatch):
+    assert big_text.prove_order(3 * 10**6, 128, epoch=1) == (2_700_000 - 1 - 127) // 128
+    permute = big_text.windows.permute
+    monkeypatch.setattr(
+        big_text.windows, "permute", lambda index, n, *keys: permute(index, n, *keys) // 2 * 2
+    )
+    with pytest.raises(ValueError, match="epoch 0 of .* windows is no permutation"):
+        big_text.prove_order(3 * 10**6, 128, epoch=0)
+
+
+def test_a_soak_s_trend_is_between_quarters_and_by_the_hour():
+    early, late, slope = soak.trend([[minute, 100.0 + 2 * minute] for minute in range(60)])
+    assert (early, late, slope) == (114.0, 204.0, pytest.approx(120.0))
+    assert len(soak.thin([(i, i) for i in range(1000)])) == soak.POINTS

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import http.server
+import itertools
 import os
 import re
 import socket
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import urllib.error
 import urllib.request
@@ -220,12 +223,14 @@ def stub(monkeypatch):
     module.GRAMMAR_VERSION, module.DEFAULT_SEED, module.DEFAULT_CHARS = 3, 1337, 1_000
     module.written = []
 
-    def write_play(seed, chars):
+    def write_pieces(seed, chars):
         module.written.append((seed, chars))
         lines = [f"line {i} of {seed}\n" for i in range(chars // 10 + 1)]
-        return "".join(lines), np.cumsum([len(s) for s in lines]), np.arange(len(lines)) / 7
+        ends, nats = np.cumsum([len(s) for s in lines]), np.arange(len(lines)) / 7
+        yield "".join(lines[:5]), ends[:5], nats[:5]
+        yield "".join(lines[5:]), ends[5:], nats[5:]
 
-    module.write_play = write_play
+    module.write_pieces = write_pieces
     module.floor = lambda line_ends, nats, start, stop: (len(line_ends), nats[1], start, stop)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(gpt_lightning.data, "playwright", module, raising=False)
@@ -236,7 +241,7 @@ def test_a_play_is_written_once(stub, cache):
     for name in ("playwright", "playwright:1337", "playwright:01337:1000"):
         corpus = find_corpus(name)
         assert corpus.name == "playwright:1337:1000"
-        assert corpus.text() == stub.write_play(1337, 1000)[0]
+        assert corpus.text() == "".join(text for text, *_ in stub.write_pieces(1337, 1000))
     assert stub.written[:1] == [(1337, 1000)] and stub.written.count((1337, 1000)) == 4
     assert corpus.floor(2, 9) == (101, 1 / 7, 2, 9)
     assert find_corpus("playwright:5:20").text().startswith("line 0 of 5\n")
@@ -245,7 +250,7 @@ def test_a_play_is_written_once(stub, cache):
     assert sorted(path.name for path in cache.iterdir()) == sorted(
         f"playwright-v{stem}.{end}"
         for stem in ("3-1337-1000", "3-5-20", "4-1337-1000")
-        for end in ("npz", "txt")
+        for end in ("json", "nats", "txt")
     )
 
 
@@ -256,11 +261,14 @@ def test_a_play_is_written_once(stub, cache):
         ("txt", lambda data: b""),
         ("txt", lambda data: data[:50] + b"X" + data[51:]),
         ("txt", None),
-        ("npz", lambda data: data[:-40]),
-        ("npz", lambda data: b""),
-        ("npz", lambda data: data[:100] + bytes(20) + data[120:]),
-        ("npz", lambda data: data.replace(np.float64(1 / 7).tobytes(), bytes(8))),
-        ("npz", None),
+        ("nats", lambda data: data[:-16]),
+        ("nats", lambda data: b""),
+        ("nats", lambda data: data[:100] + bytes(20) + data[120:]),
+        ("nats", lambda data: data.replace(np.float64(1 / 7).tobytes(), bytes(8))),
+        ("nats", None),
+        ("json", lambda data: data[:-1]),
+        ("json", lambda data: data.replace(b"a", b"b")),
+        ("json", None),
     ],
 )
 def test_a_damaged_play_is_written_again(stub, cache, end, damage):
@@ -277,16 +285,15 @@ def test_a_damaged_play_is_written_again(stub, cache, end, damage):
     assert len(stub.written) == 2
 
 
-def test_a_killed_writers_files_go_after_a_day(stub, cache):
+def test_what_a_killed_writer_left_goes_at_the_next_play(stub, cache):
     cache.mkdir()
-    old, new = (cache / f".playwright-v3-1-1.txt.{'0123456789abcde' + c}.tmp" for c in "01")
+    left = cache / ".playwright-v3-1-1.txt.0123456789abcdef.tmp"
     others = [cache / name for name in ("playwright-notes.tmp", ".playwright-x.tmp", "x.tmp")]
-    for path in (old, new, *others):
+    for path in (left, *others):
         write(path, "x")
-        if path != new:
-            os.utime(path, (time.time() - 90_000,) * 2)
+        os.utime(path, (time.time() - 5,) * 2)
     find_corpus("playwright")
-    assert not old.exists() and new.exists() and all(path.exists() for path in others)
+    assert not left.exists() and all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +306,7 @@ def test_a_killed_writers_files_go_after_a_day(stub, cache):
         "playwright:1:0",
         "playwright:1:",
         "playwright:1:1e6",
-        "playwright:1:9999999999",
+        "playwright:1:10000000001",
         "playwright:1:2:3",
         "playwright:" + "9" * 5000,
         "playwright:٣",
@@ -328,15 +335,28 @@ def test_the_real_play():
     assert corpus.floor(start, stop) == pytest.approx(nats[3:10].sum() / (stop - start))
 
 
+def test_a_long_play_is_written_in_constant_memory(cache, monkeypatch):
+    from gpt_lightning.data import playwright
+
+    lines = itertools.repeat(("x" * 29 + "\n", 1.0))
+    monkeypatch.setattr(playwright, "write_lines", lambda seed: lines)
+    tracemalloc.start()
+    corpus = find_corpus("playwright:1:10000000")
+    assert corpus.floor(0, 10_000_000) == pytest.approx(1 / 30)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+    assert corpus.paths[0].stat().st_size == 10_000_020
+
+
 PLAY = """
 import sys, time
 from gpt_lightning.data import corpora, playwright
-whole = playwright.write_play
+whole = playwright.write_pieces
 def slowly(seed, chars):
     print("writing", flush=True)
     time.sleep(0.5)
     return whole(seed, chars)
-playwright.write_play = slowly
+playwright.write_pieces = slowly
 print("ready", flush=True)
 sys.stdin.readline()
 print(corpora.find_corpus("playwright:3:2000").sha256())
@@ -358,7 +378,7 @@ def test_two_processes_write_one_play(cache):
     answers = [run.communicate(timeout=60)[0].split() for run in runs]
     assert answers[0] == answers[1] and answers[0][0] == "writing"
     assert answers[0][1] == find_corpus("playwright:3:2000").sha256()
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -412,6 +432,15 @@ def test_a_cache_that_cannot_be_used(stub, shakespeare, cache):
     fails("tinyshakespeare", cache / "tinyshakespeare.txt", "Is a directory")
     (cache / "playwright-v3-1337-1000.txt").mkdir()
     fails("playwright", cache, "Is a directory")
+
+
+def test_a_disk_that_is_full_of_a_play(stub, cache, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    fails("playwright", f"{cache} (No space left on device); GPT_LIGHTNING_CACHE can name another")
+    assert not list(cache.iterdir())
 
 
 def test_an_error_leaves_the_old_file(tmp_path):

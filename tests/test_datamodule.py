@@ -1,4 +1,6 @@
 import math
+import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +8,15 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from gpt_lightning.data.datamodule import BATCHES_AT_ONCE, TextDataModule
+from gpt_lightning.data import datamodule, tokens
+from gpt_lightning.data.datamodule import (
+    BATCHES_AT_ONCE,
+    ExactBatches,
+    TextDataModule,
+    WindowDataset,
+)
+from gpt_lightning.data.playwright import write_play
+from gpt_lightning.data.tokenizers import CharTokenizer
 
 TEXT = "".join(np.random.default_rng(0).choice(list("abcdefghij klmnop\n"), 1000))
 MANY = "Gemüt, θάλασσα, 海, 🙂! " * 50  # characters of one to four bytes
@@ -160,8 +170,8 @@ def test_predicted_characters_are_counted_apart_from_tokens(make, tokenizer, spl
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_the_floor_is_what_the_held_out_characters_cost(make, split, tokenizer):
     data = make(corpus="playwright:7:30000", split=split, tokenizer=tokenizer)
-    with np.load(data.corpus.floor_path) as known:
-        ends, nats = known["line_ends"].tolist(), known["nats"].tolist()
+    _, ends, nats = write_play(7, 30_000)
+    ends, nats = ends.tolist(), nats.tolist()
     # what each character costs: its line's cost in equal shares
     costs = []
     for end, cost in zip(ends, nats, strict=True):
@@ -304,6 +314,72 @@ def test_validation_is_the_same_at_every_step_and_batch_size(make):
     assert flat[0] == flat[1]
 
 
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
+def test_validation_takes_whole_windows_in_order_and_then_the_short_ones(batch_size, world):
+    spans = [(3, 60), (70, 71), (80, 120), (130, 139), (150, 155)]  # 56, 0, 39, 8 and 4 targets
+    starts = [i for a, b in spans for i in range(a, b - 8, 8)]
+    batches = [(starts[i : i + batch_size], 8) for i in range(0, len(starts), batch_size)]
+    batches += [([112], 7), ([150], 4)]
+    for rank in range(world):
+        trainer = SimpleNamespace(global_rank=rank, world_size=world)
+        sampler = ExactBatches(spans, 8, batch_size, trainer)
+        for _ in range(2):
+            found = [(starts.tolist(), length) for starts, length in sampler]
+            assert found == batches[rank::world] and len(sampler) == len(found)
+
+
+@pytest.mark.parametrize("split", ["tail", "blocks"])
+@pytest.mark.parametrize("most", [9, 10, 200, 201, 10**9])
+def test_validation_can_be_of_the_first_held_out_tokens_only(make, split, most):
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))  # an id is its character's place
+    whole = make(text, split=split, val_fraction=0.2)
+    data = make(text, split=split, val_fraction=0.2, max_val_tokens=most)
+    assert data.train_spans == whole.train_spans and same(train(data, 5), train(whole, 5))
+    first = [i for start, stop in whole.val_spans for i in range(start, stop)][:most]
+    begins = {start for start, _ in whole.val_spans}
+    predicted = [i for x, y in data.val_dataloader() for i in y.flatten().tolist()]
+    assert sorted(predicted) == [i for i in first if i not in begins]
+    assert len(predicted) == data.val_tokens == data.val_characters
+    for x, _ in data.estimator_batches(data.val_spans, 20, 0, 1):
+        assert set(x.flatten().tolist()) <= set(first)
+
+
+def test_the_floor_is_that_of_the_tokens_validated(make):
+    data = make(corpus="playwright:7:30000", max_val_tokens=1000)
+    start = data.val_spans[0][0]
+    assert data.val_spans == [(start, start + 1000)]
+    assert data.val_floor == data.corpus.floor(start + 1, start + 1000)
+    assert data.val_floor != make(corpus="playwright:7:30000").val_floor
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no holes there")
+def test_a_text_of_five_billion_tokens_is_read_in_place(make, tmp_path, monkeypatch):
+    count, header = 5 * 10**9, tokens._header(np.dtype(np.uint8), 5 * 10**9)
+    path = tmp_path / "tokens.npy"
+    with path.open("wb") as file:  # nearly all of it a hole that takes no room on the disk
+        file.write(header)
+        file.truncate(len(header) + count)
+        file.seek(len(header) + count - 1000)
+        file.write(bytes(i % 251 for i in range(1000)))
+    coder = CharTokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 251))))
+    there = tokens.TokenFile(path, coder, "")
+    monkeypatch.setattr(datamodule, "prepare_tokens", lambda *_: there)
+    tracemalloc.start()
+    data = make(batch_size=64)
+    assert data.train_spans == [(0, 4_500_000_000)]
+    starts, _ = next(iter(data.train_dataloader().sampler))
+    assert starts.max() > 2**32 - 2**29 and len(np.unique(starts)) == 64
+    sampler = data.val_dataloader().sampler
+    assert len(data.val_dataloader()) == len(sampler) == -(-62_499_999 // 256) + 1
+    assert next(iter(sampler))[0].tolist() == [4_500_000_000 + 8 * i for i in range(256)]
+    assert tracemalloc.get_traced_memory()[1] < 16e6
+    tracemalloc.stop()
+    x, y = WindowDataset(data.tokens)[np.array([count - 1000, count - 9, 0]), 8]
+    assert x.tolist() == [[*range(8)], [i % 251 for i in range(991, 999)], [0] * 8]
+    assert y[0].tolist() == [*range(1, 9)] and y[1, -1] == 999 % 251
+
+
 # --- the lecture's estimator ----------------------------------------------------------------------
 
 
@@ -351,6 +427,8 @@ def test_a_text_too_short_for_its_windows_is_refused(make):
         ("overfit_batches", -1),
         ("stride", 0),
         ("stride", -2),
+        ("max_val_tokens", 8),  # one less than a window and the token after it
+        ("max_val_tokens", -1),
         ("val_fraction", 0.0),
         ("val_fraction", 1.0),
         ("val_fraction", math.nan),

@@ -1,18 +1,24 @@
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt_lightning.data import tokens
+from gpt_lightning.data import files, tokens
 from gpt_lightning.data.corpora import find_corpus
+from gpt_lightning.data.files import write_atomically
 from gpt_lightning.data.tokens import prepare_tokens
 
 TEXT = "To be, or not to be: that is the question.\r\nOb's edler im Gemüt 😀\n" * 20
@@ -174,17 +180,30 @@ def test_a_damaged_entry_is_built_anew(corpus, builds, damage, end):
     assert len(builds) == 2
 
 
-def test_a_killed_builds_files_go_after_a_day(corpus, cache):
+def test_what_killed_builds_left_goes_at_the_next(corpus, cache):
     cache.mkdir()
-    old = cache / ".tokens-char-0123.npy.0123456789abcdef.tmp"
-    new = cache / ".tokens-char-0123.npy.0123456789abcdee.tmp"
+    left = [cache / f".tokens-char-0123.npy.0123456789abcde{i}.tmp" for i in range(2)]
     others = [cache / "tokens.tmp", cache / ".tokens-notes.tmp", cache / "tokens-char-0123.npy"]
-    for path in (old, new, *others):
+    for path in (*left, *others):
         path.write_text("x")
-        if path != new:
-            os.utime(path, (time.time() - 90_000,) * 2)
+        os.utime(path, (time.time() - 5,) * 2)
+    with write_atomically(cache / "tokens-char-4567.npy"):  # one that is being written stays
+        (written,) = cache.glob(".tokens-char-4567.*")
+        os.utime(written, (time.time() - 90_000,) * 2)
+        prepare_tokens(corpus)
+        assert written.exists()
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def test_where_there_are_no_locks_leftovers_go_after_a_day(corpus, cache, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    cache.mkdir()
+    old, new = (cache / f".tokens-char-0123.npy.0123456789abcde{i}.tmp" for i in range(2))
+    for path, age in ((old, 90_000), (new, 80_000)):
+        path.write_text("x")
+        os.utime(path, (time.time() - age,) * 2)
     prepare_tokens(corpus)
-    assert not old.exists() and new.exists() and all(path.exists() for path in others)
+    assert not old.exists() and new.exists()
 
 
 BUILD = """
@@ -317,47 +336,42 @@ def test_a_file_that_changes_meanwhile(corpus, cache, monkeypatch, more):
     assert len(prepare_tokens(corpus).open()) == len(PLAIN) + 1
 
 
-def test_a_bar_for_large_corpora_only(corpus, monkeypatch):
-    titles, bars = [], []
+def test_every_pass_has_a_bar_that_ends_with_the_text_s_last_byte(corpus, monkeypatch):
+    bars = {}
 
-    class Bar:
-        seen = 0
+    @contextlib.contextmanager
+    def progress(total, title):
+        seen = []
+        yield SimpleNamespace(update=seen.append)
+        bars[title] = (total, sum(seen))
 
-        def __init__(self, *title):
-            titles.append(title)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            bars.append(self.seen)
-
-        def update(self, count):
-            self.seen += count
-
-    monkeypatch.setattr(tokens, "progress", Bar)
+    monkeypatch.setattr(tokens, "progress", progress)
+    monkeypatch.setattr(tokens, "PIECE", 100)
     prepare_tokens(corpus)
-    assert titles == []
-    monkeypatch.setattr(tokens, "BAR_BYTES", 100)
-    prepare_tokens(corpus, cache=corpus.paths[0].parent / "another")
-    size = len(TEXT.encode())
-    assert titles == [(size, "vocabulary"), (size, "tokens")]
-    assert bars == [len(PLAIN.encode())] * 2
+    whole = (len(TEXT.encode()),) * 2
+    assert bars == {"digest": whole, "vocabulary": whole, "tokens": whole}
+    bars.clear()
+    prepare_tokens(corpus)
+    assert bars == {"digest": whole}
+
+
+def test_a_bar_shows_rate_and_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    with files.progress(4000, "tokens") as bar:
+        bar.update(1000)
+        assert not terminal.getvalue()  # not within two seconds
+        bar.start_t -= 10
+        bar.refresh()
+    assert re.search(r"tokens: +25%.* 1.00k/4.00k \[00:10<00:30, .*B/s\]", terminal.getvalue())
 
 
 def test_memory_is_constant(tmp_path):
     with open(tmp_path / "text", "w") as file:
         for i in range(400):
-            file.write(f"naïve {i:06d}\n" * 7_000)  # 40 MB in all
-    code = (
-        "import sys, resource\n"
-        "from gpt_lightning.data import corpora, tokens\n"
-        "corpus = corpora.find_corpus(sys.argv[1])\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(len(tokens.prepare_tokens(corpus).open()), end=' ')\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
-    with start(code, str(tmp_path / "text")) as run:
-        count, more = map(int, run.stdout.read().split())
-    assert count == 400 * 7_000 * 13
-    assert more * (1 if sys.platform == "darwin" else 1024) < 16e6
+            file.write(f"naïve {i:06d}\n" * 7_000)  # 39 MB in all
+    corpus = find_corpus(str(tmp_path / "text"))
+    tracemalloc.start()  # not the process's peak, which begins with that of the one it came from
+    assert len(prepare_tokens(corpus).open()) == 400 * 7_000 * 13
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()

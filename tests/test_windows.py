@@ -6,9 +6,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gpt_lightning.data.windows import (
+    ExactWindows,
     RandomWindows,
     SlidingWindows,
-    exact_windows,
+    _hash64,
+    first_tokens,
     permute,
     split_spans,
 )
@@ -347,22 +349,96 @@ def test_a_part_too_short_for_a_window_is_refused_with_its_size(split):
 
 
 def test_exact_windows_of_a_tiny_text_are_these():
-    starts, lengths = exact_windows([(0, 10), (20, 25)], block_size=4)
-    assert starts.tolist() == [0, 4, 8, 20]
-    assert lengths.tolist() == [4, 4, 1, 4]
+    source = ExactWindows([(0, 10), (20, 25), (30, 31), (40, 43)], block_size=4)
+    assert source.starts(np.arange(len(source))).tolist() == [0, 4, 20]
+    assert source.short == [(8, 1), (40, 2)]
 
 
 @quick
 @given(case=some_spans())
 def test_exact_windows_predict_every_token_but_the_first_of_each_span_once(case):
     spans, block_size = case
-    starts, lengths = exact_windows(spans, block_size)
+    source = ExactWindows(spans, block_size)
+    found = [(start, block_size) for start in source.starts(np.arange(len(source))).tolist()]
+    assert found == sorted(found)
     predicted, seen = [], []
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        assert 1 <= length <= block_size
+    for start, length in sorted(found + source.short):
         predicted += range(start + 1, start + 1 + length)
         seen += range(start, start + length)
     assert predicted == [i for start, stop in spans for i in range(start + 1, stop)]
     assert seen == [i for start, stop in spans for i in range(start, stop - 1)]
-    short = np.count_nonzero(lengths < block_size)
-    assert short <= len(spans)
+    assert all(1 <= length < block_size for _, length in source.short)
+    assert len(source.short) <= len(spans)
+
+
+@quick
+@given(case=some_spans(), most=st.integers(2, 250))
+def test_the_first_tokens_of_spans_are_theirs_in_order(case, most):
+    spans, _ = case
+    held_out = [i for span in spans for i in range(*span)][:most]
+    own = [[i for i in held_out if start <= i < stop] for start, stop in spans]
+    found = [list(range(*span)) for span in first_tokens(spans, most)]
+    assert found == [tokens for tokens in own if len(tokens) > 1]  # one alone predicts nothing
+
+
+# --- texts of many billions of tokens -------------------------------------------------------------
+
+FAR = 2**33  # beyond what 32 bits hold, signed or not
+
+
+@pytest.mark.parametrize("kind", [SlidingWindows, RandomWindows, ExactWindows])
+def test_a_place_far_into_a_text_is_like_one_at_its_beginning(kind):
+    more = {SlidingWindows: (3, 5), RandomWindows: (5,), ExactWindows: ()}[kind]
+    near = kind([(0, 40), (50, 83)], 4, *more)
+    far = kind([(FAR, FAR + 40), (FAR + 50, FAR + 83)], 4, *more)
+    numbers = np.arange(len(near))
+    assert far.starts(numbers).tolist() == [start + FAR for start in near.starts(numbers).tolist()]
+
+
+@pytest.mark.parametrize("block_size", [1, 128])
+def test_windows_of_a_vast_text_are_in_place(block_size):
+    spans = [(7, FAR), (FAR + 1000, 3 * FAR)]
+    sliding = SlidingWindows(spans, block_size, block_size, seed=3)
+    numbers = np.arange(len(sliding) - 10_000, len(sliding) + 10_000)  # the end of an epoch
+    for epoch in sliding.starts(numbers).reshape(2, 10_000):
+        assert len(np.unique(epoch)) == 10_000 and epoch.max() > 2 * FAR
+        within = [(start <= epoch) & (epoch < stop - block_size) for start, stop in spans]
+        assert np.all(within[0] ^ within[1])
+        for (start, stop), inside in zip(spans, within, strict=True):
+            assert len(np.unique(epoch[inside] % block_size)) == 1  # one phase
+            assert abs(inside.mean() - (stop - start) / (3 * FAR)) < 0.02
+    exact = ExactWindows(spans, block_size)
+    assert len(exact) == sum((stop - start - 1) // block_size for start, stop in spans)
+    last = exact.starts(np.array([0, len(exact) - 1])).tolist()
+    assert last[0] == 7 and 3 * FAR - 1 - last[1] - block_size in range(block_size)
+
+
+def unpermute(place: int, n: int, *keys: int) -> int:
+    """The index that `permute` sends to `place`: its rounds undone one by one, in Python."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = divmod(place, 1 << half)
+        for round_ in (3, 2, 1, 0):
+            mixed = int(_hash64(*keys, round_, left)[0]) % (1 << half)
+            left, right = right ^ mixed, left
+        place = left << half | right
+        if place < n:
+            return place
+
+
+@pytest.mark.parametrize("n", [1000, 14_062_499, 2**32 - 1, 2**32 + 1, 2**40])
+def test_permute_can_be_undone_whatever_the_size(n):
+    """What can be undone everywhere meets no two indices at one place, too many to try all."""
+    rng = np.random.default_rng(n)
+    index = np.concatenate([[0, n - 1], rng.integers(n, size=300)])
+    places = permute(index, n, 1337, 2)
+    assert places.min() >= 0 and places.max() < n and places.max() > 0.9 * n
+    assert [unpermute(place, n, 1337, 2) for place in places.tolist()] == index.tolist()
+    back = np.array([unpermute(place, n, 1337, 2) for place in index.tolist()])
+    assert permute(back, n, 1337, 2).tolist() == index.tolist()
+
+
+def test_permute_is_a_permutation_of_a_million():
+    n = 2**20 + 1  # just above a power of four, where most walks are long
+    found = permute(np.arange(n), n, 1337, 0)
+    assert np.array_equal(np.bincount(found, minlength=n), np.ones(n))

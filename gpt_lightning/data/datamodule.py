@@ -6,6 +6,10 @@
 4. a batch gathers its windows at once: x (B, T), and y (B, T) one token further on.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -97,11 +101,39 @@ class ExactBatches(DistributedSampler):
         """Nothing to do: the order is fixed."""
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+OBEYS = hasattr(signal, "sigwaitinfo")  # neither on macOS nor on Windows
+
+
+def obey_the_run_alone(worker: int) -> None:
+    """Let a loader's worker end at a signal of its run and no other.
+
+    Ctrl-C and a shutdown reach all processes, and a run needs its workers until it has saved.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOPS).si_pid != multiprocessing.parent_process().pid:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class ResumableLoader(DataLoader):
     """A loader whose position is the trainer's step, so that its own state is empty.
 
     Lightning warns of loaders without these two methods when a run resumes within an epoch.
     """
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if not self.num_workers or not OBEYS:
+            return super().__iter__()
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # for new workers too
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     def state_dict(self) -> dict:
         return {}
@@ -264,5 +296,6 @@ class TextDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,  # the dataset gathers whole batches
             num_workers=num_workers,
+            worker_init_fn=obey_the_run_alone if OBEYS else None,
             pin_memory=torch.cuda.is_available(),
         )

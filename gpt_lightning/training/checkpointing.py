@@ -159,6 +159,8 @@ class BestAndLast(Checkpoint):
 
     def _keep_later(self, trainer: Trainer) -> None:
         """Going on from an earlier step must not cost the user the later states that are there."""
+        if Path(trainer.ckpt_path).resolve() == self.last_path.resolve():
+            return  # a best.ckpt ahead of it is of a run killed between the two; it comes again
         for path in (self.last_path, self.best_path):
             if not path.exists() or path.resolve() == Path(trainer.ckpt_path).resolve():
                 continue

@@ -12,6 +12,8 @@ from gpt_lightning.training.callbacks import RunLog
 from gpt_lightning.training.checkpointing import BestAndLast
 from gpt_lightning.training.lightning_module import GPTModule
 
+MANY_TOKENS = 10_000_000  # to validate on: minutes, even for a small model
+
 
 def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule, why: str) -> str:
     """Text, model and run, in a line each; `why` this precision, in brackets or not at all."""
@@ -24,9 +26,11 @@ def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule, why: 
     parameters = sum(p.numel() for p in model.net.parameters())
     folder = trainer.logger.log_dir if trainer.logger else "no log"
     device = trainer.strategy.root_device.type
+    held_out = "validated" if hp.max_val_tokens else "held out"
+    hint = "       --data.max_val_tokens=1000000 would validate in less time\n"
     return (
-        f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} held out, "
-        f"vocabulary {data.vocab_size}\n"
+        f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {held_out}, "
+        f"vocabulary {data.vocab_size}\n{hint if val > MANY_TOKENS else ''}"
         f"model  {model.hparams.name}, {shape}block {hp.block_size}: {parameters:,} parameters\n"
         f"run    {folder} on {device} x {trainer.world_size}, "
         f"batch {hp.batch_size} x {hp.block_size}\n"
