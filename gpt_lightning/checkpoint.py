@@ -34,15 +34,18 @@ HOLDS = {  # see `misfit`; without a Trainer's part a checkpoint still writes te
     "state_dict": {str: Tensor},
     KEY: {
         "model": {str: SCALAR},
-        "tokenizer": {str: str},
+        "tokenizer": {"kind": str, "vocabulary?": str},
         "corpus": {"name": str, "sha256": str, "split": str, "val_fraction": float},
         "config?": (str, type(None)),
     },
     "global_step?": int,
     "epoch?": int,
-    "loops?": {str: dict},
-    "callbacks?": {str: dict},
-    "optimizer_states?": [{"state": {int: {str: (*SCALAR, Tensor)}}, "param_groups": [dict]}],
+    "pytorch-lightning_version?": str,
+    "loops?": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}},
+    "callbacks?": {"BestAndLast?": {"best_val_loss": float, "best_step": int}},
+    "optimizer_states?": [
+        {"state": {int: {str: (*SCALAR, Tensor)}}, "param_groups": [{"params": [int]}]}
+    ],
     "lr_schedulers?": [dict],
 }
 LOGS = "lightning_logs"

@@ -17,7 +17,7 @@ ENTRIES = 1 << 16  # of an archive; a checkpoint of ours has one to each tensor,
 DIRECTORY = 1 << 24  # bytes of its table of contents
 PICKLE = 1 << 25  # bytes; vocabulary, settings, and some 150 for each tensor
 OPCODES = 1 << 20
-VALUES = 1 << 20  # counted wherever they stand, so that what is shared many times counts as often
+VALUES = 1 << 18  # counted wherever they stand, so that what is shared many times counts as often
 DEPTH = 32
 
 

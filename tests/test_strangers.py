@@ -1,14 +1,18 @@
 """Files from strangers: refused in one line, within bounded memory, and nothing in them is run."""
 
 import builtins
+import contextlib
 import copy
 import copyreg
 import itertools
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections import OrderedDict
 
@@ -17,7 +21,11 @@ import pytest
 import torch
 from crafted import Calls, changed, good, saved
 
+from gpt_lightning import cli
 from gpt_lightning.checkpoint import KEY, Damaged, read_checkpoint
+from gpt_lightning.config_files import TooMuch, load_yaml, stored_settings
+from gpt_lightning.data.corpora import find_corpus
+from gpt_lightning.data.downloads import download
 from gpt_lightning.generation.writer import Writer
 from gpt_lightning.model import build_model, numbers, table_numbers
 from gpt_lightning.untrusted import misfit
@@ -284,3 +292,174 @@ def test_a_model_without_room_in_memory_is_refused(name, setting, value):
     with pytest.raises(ValueError, match="[0-9.e+]+ GB, where this machine has") as error:
         build_model(name, **settings)
     assert str(value) in str(error.value).replace(",", "")
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join(9 * ['*' + old])}]\n"
+    for old, new in itertools.pairwise("abcdefghi")
+)
+BOMBS = {
+    "a billion laughs": LAUGHS,
+    "a billion laughs in merged mappings": LAUGHS.replace("[", "{<<: [").replace("]", "]}"),
+    "lists in lists": "a: " + "[" * 5000,
+    "mappings in mappings": "{a: " * 5000,
+    "mappings by indentation": "\n".join(" " * n + "a:" for n in range(500)),
+    "an alias of its own": "a: &a [*a]",
+    "many values": "a: [" + "1, " * 50_000 + "]",
+    "a long text": "a: " + "b" * (5 << 20),
+    "a number on sixty": "a: " + "1:" * 100_000 + "1",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_configuration_that_would_take_too_much_is_refused(tmp_path, capsys, name):
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text(BOMBS[name])
+    start = time.process_time()
+    with pytest.raises(TooMuch) as error:
+        load_yaml(BOMBS[name])
+    assert str(error.value).isprintable()
+    with pytest.raises(SystemExit):
+        cli.main(["fit", f"--config={bomb}"])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --config={bomb}") and said.count("\n") == 1
+    assert time.process_time() - start < 20
+
+
+def test_aliases_are_written_out_as_yaml_has_them():
+    text = "a: &a {x: 1, y: [2, 3]}\nb: {<<: *a, y: 4}\nc: [*a, *a]"
+    a = {"x": 1, "y": [2, 3]}
+    assert load_yaml(text) == {"a": a, "b": {"x": 1, "y": 4}, "c": [a, a]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system",
+        "a: [",
+        "{[1]: 2}",
+        "a: !!int x",
+        "!!timestamp 2020-99-99",
+        "a: \0",
+        "*a",
+    ],
+)
+def test_text_that_is_no_plain_yaml_is_refused_in_one_line(text):
+    with pytest.raises(ValueError) as error:
+        load_yaml(text)
+    assert str(error.value).isprintable()
+
+
+def test_a_checkpoint_brings_its_settings_back():
+    text = "model: {n_layer: 2}\ntrainer: {max_steps: 5, precision: bf16-mixed, callbacks: null}\n"
+    stored = {"model": {"n_layer": 2}}
+    stored["trainer"] = {"max_steps": 5, "precision": "bf16-mixed", "callbacks": None}
+    assert stored_settings(text, {}) == stored
+    assert stored_settings("", {}) == {"trainer": {}}
+    text = "trainer: {default_root_dir: /elsewhere}"  # would be written to
+    assert stored_settings(text, {}) == {"trainer": {}}
+    stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    text = f"trainer: {{callbacks: [{stop}]}}"
+    assert stored_settings(text, {}) == {"trainer": {"callbacks": [stop]}}
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        "{callbacks: [{class_path: mine.Callback}]}",
+        "{callbacks: mine.Callback}",
+        "{callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, "
+        "init_args: {on_fit_start: os.abort}}]}",
+        "{logger: {class_path: lightning.pytorch.cli.os.Abort}}",
+        "{strategy: {class_path: DDPStrategy, init_args: {ddp_comm_hook: os.abort}}}",
+        "{profiler: {dict_kwargs: {os.abort: 1}}}",
+    ],
+)
+def test_a_checkpoint_has_nothing_run_by_name(trainer):
+    with pytest.raises(ValueError, match="which is not taken from a checkpoint"):
+        stored_settings(f"trainer: {trainer}", {"max_steps": 3})
+    key = trainer[1:].partition(":")[0]
+    stored_settings(f"trainer: {trainer}", {key: "my own"})  # which wins
+
+
+@pytest.mark.parametrize("text", ["- 1", "1", "1: 2", "model: 3", "trainer: [1]", "data: {1: 2}"])
+def test_settings_that_are_no_mapping_are_refused(text):
+    with pytest.raises(ValueError, match="settings"):
+        stored_settings(text, {})
+
+
+# --- downloads ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def server(*parts: bytes, pause: float = 0.1):
+    """A web server whose only answer is these parts, sent one after the other."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    for part in parts:
+                        connection.sendall(part)
+                        if ended.wait(pause):
+                            return
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/text"
+        ended.set()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GPT_LIGHTNING_TIMEOUT", "0.5")
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "cache"
+
+
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[HEAD, *[b"a"] * 100], [HEAD[i : i + 1] for i in range(len(HEAD))]],
+    ids=["body", "head"],
+)
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(cache, parts):
+    start = time.monotonic()
+    with server(*parts) as url, pytest.raises(ValueError) as error:
+        find_corpus(url)
+    assert "could not download" in str(error.value) and "0.5 seconds" in str(error.value)
+    assert time.monotonic() - start < 5  # of the ten and four that it would have taken
+    assert not list(cache.glob("*.txt"))
+
+
+def test_what_a_server_says_is_shown_as_text(cache):
+    answer = b"HTTP/1.0 404 \x1b]0;evil\x07" + b"x" * 9999 + b"\r\n\r\n"
+    with server(answer) as url, pytest.raises(ValueError, match="answered 404") as error:
+        find_corpus(url)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("url", ["http://example.org/text", "HTTP://93.184.216.34/text"])
+def test_plain_http_needs_a_checksum(cache, url):
+    with pytest.raises(ValueError, match="use https://, or add its checksum"):
+        find_corpus(url)
+
+
+@pytest.mark.parametrize("end", [".part", ".part.json", ".lock"])
+def test_a_link_in_the_cache_is_not_written_through(cache, tmp_path, end):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    cache.mkdir()
+    (cache / f"text{end}").symlink_to(mine)
+    with server(HEAD + b"a" * 100) as url, pytest.raises((ValueError, OSError)):
+        download(url, url, cache / "text", None, "advice")
+    assert mine.read_text() == "precious" and not (cache / "text").exists()
