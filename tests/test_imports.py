@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "data": {"messages"},
     "model": {"messages"},
     "config_files": set(),
-    "checkpoint": {"data", "messages", "model"},
+    "untrusted": set(),
+    "checkpoint": {"data", "messages", "model", "untrusted"},
     "generation": {"checkpoint", "data", "messages", "model"},
     "training": {"checkpoint", "data", "generation", "messages", "model"},
     "lightning_cli": {

@@ -27,7 +27,8 @@ from gpt_lightning.config_files import TooMuch, load_yaml, stored_settings
 from gpt_lightning.data.corpora import find_corpus
 from gpt_lightning.data.downloads import download
 from gpt_lightning.generation.writer import Writer
-from gpt_lightning.model import build_model, numbers, table_numbers
+from gpt_lightning.model import build_model
+from gpt_lightning.model.size import numbers, table_numbers
 from gpt_lightning.untrusted import misfit
 
 CHECKPOINT = good()
