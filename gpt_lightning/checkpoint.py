@@ -196,7 +196,7 @@ def read_whole(which: str | Path, root: str | Path = ".") -> tuple[Path, dict[st
         for other in path.parent.glob("*.ckpt"):
             with contextlib.suppress(ValueError):
                 checkpoint = read_checkpoint(other)
-                whole.append((checkpoint["global_step"], other, checkpoint))
+                whole.append((checkpoint.get("global_step", 0), other, checkpoint))
         if not whole:
             raise
         step, other, checkpoint = max(whole, key=lambda found: found[0])

@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def fail(error: Exception | str) -> None:
     """Say what is wrong in one line and end with exit code 2."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    line = " ".join(str(error).split())
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 

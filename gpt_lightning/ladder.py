@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from gpt_lightning.checkpoint import KEY, read_checkpoint
-from gpt_lightning.config_files import chain
+from gpt_lightning.config_files import chain, load_yaml
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.files import write_atomically
 from gpt_lightning.generation.sampling import Sampling
@@ -224,7 +224,7 @@ def fit(rung: Path, seed: int, out: Path, flags: list[str], bar: LadderBar) -> i
 
 
 def max_steps(checkpoint: dict) -> int:
-    return yaml.safe_load(checkpoint[KEY]["config"])["trainer"]["max_steps"]
+    return load_yaml(checkpoint[KEY]["config"])["trainer"]["max_steps"]
 
 
 # what came of it

@@ -5,6 +5,7 @@ defaults, which flags override; a resumed run stays in its folder; mistakes end 
 """
 
 import logging
+import math
 import re
 import time
 import warnings
@@ -30,7 +31,7 @@ from gpt_lightning.checkpoint import (
     refuse_mismatch,
     run_folder,
 )
-from gpt_lightning.config_files import expand_configs
+from gpt_lightning.config_files import expand_configs, stored_settings
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.messages import nearest
 from gpt_lightning.training.callbacks import GenerateText, RunBar
@@ -96,25 +97,37 @@ class GPTCLI(LightningCLI):
         self.why_precision = ""
         self.numbered = False  # whether the run's folder is the next version_N
         self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
+        self.path: Path | None = None  # its
+        self.first_step = math.inf  # that `fit` goes on from
         command = argv[0]
-        super().__init__(
-            GPTModule,
-            TextDataModule,
-            save_config_callback=None,  # see _keep_config
-            trainer_defaults={"callbacks": [bar]},  # and DEFAULTS, as flags
-            seed_everything_default=1337,
-            parser_kwargs={
-                "prog": HOW,
-                "exit_on_error": False,
-                "allow_abbrev": False,
-                command: {
+        try:
+            super().__init__(
+                GPTModule,
+                TextDataModule,
+                save_config_callback=None,  # see _keep_config
+                trainer_defaults={"callbacks": [bar]},  # and DEFAULTS, as flags
+                seed_everything_default=1337,
+                parser_kwargs={
+                    "prog": HOW,
                     "exit_on_error": False,
-                    "description": description,
-                    "usage": f"{HOW} {command} [--config FILE ...] [--flag=value ...]",
+                    "allow_abbrev": False,
+                    command: {
+                        "exit_on_error": False,
+                        "description": description,
+                        "usage": f"{HOW} {command} [--config FILE ...] [--flag=value ...]",
+                    },
                 },
-            },
-            auto_configure_optimizers=False,
-        )
+                auto_configure_optimizers=False,
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            # once a step is taken, the checkpoint was all right
+            began = hasattr(self, "trainer") and self.trainer.global_step > self.first_step
+            if self.checkpoint is None or began:
+                raise
+            raise ValueError(
+                f"--ckpt_path={self.path}: what it says of its run is not what this version writes "
+                f"({type(error).__name__}: {str(error)[:100]})"
+            ) from error
 
     # flags
 
@@ -148,8 +161,15 @@ class GPTCLI(LightningCLI):
             which = "best"
         if which is None:
             return
-        path, self.checkpoint = read_whole(which, given.trainer.default_root_dir or ".")
-        stored = yaml.safe_load(self.checkpoint[KEY].get("config") or "{}")
+        self.path, self.checkpoint = path, _ = read_whole(
+            which, given.trainer.default_root_dir or "."
+        )
+        usual = vars(self._subcommand_parsers[command].get_defaults().trainer)
+        own = {key: value for key, value in vars(given.trainer).items() if value != usual[key]}
+        try:
+            stored = stored_settings(self.checkpoint[KEY].get("config") or "", own)
+        except ValueError as error:
+            raise ValueError(f"--ckpt_path={path}: {error}") from error
         stored = as_it_was({key: value for key, value in stored.items() if key in STORED})
         if command != "fit":  # another text may be given, in the same vocabulary
             state = self.checkpoint[KEY]["tokenizer"]
@@ -269,6 +289,8 @@ class GPTCLI(LightningCLI):
             if self.keeper.safe is not None:
                 path, step = self.keeper.safe
                 reason += f". Step {step:,} is safe; go on with: {go_on_with(path)}"
+            elif self.path is not None:
+                reason = f"--ckpt_path={self.path}: {reason}"
             raise ValueError(reason) from error
 
     @property

@@ -23,6 +23,7 @@ from crafted import Calls, changed, good, saved
 
 from gpt_lightning import cli
 from gpt_lightning.checkpoint import KEY, Damaged, read_checkpoint
+from gpt_lightning.cli import main
 from gpt_lightning.config_files import TooMuch, load_yaml, stored_settings
 from gpt_lightning.data.corpora import find_corpus
 from gpt_lightning.data.downloads import download
@@ -464,3 +465,36 @@ def test_a_link_in_the_cache_is_not_written_through(cache, tmp_path, end):
     with server(HEAD + b"a" * 100) as url, pytest.raises((ValueError, OSError)):
         download(url, url, cache / "text", None, "advice")
     assert mine.read_text() == "precious" and not (cache / "text").exists()
+
+
+# --- on the command line --------------------------------------------------------------------------
+
+LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
+PRINT = f"{{class_path: {LAMBDA}, init_args: {{on_fit_start: builtins.print}}}}"
+
+
+@pytest.mark.parametrize(
+    "keys, value, part",
+    [
+        ((KEY, "config"), f"trainer: {{callbacks: [{PRINT}]}}", "'builtins.print'"),
+        ((KEY, "config"), "trainer: {strategy: os.abort}", "'os.abort' for trainer.strategy"),
+        ((KEY, "config"), "model: {n_layer: 1}\ntrainer: {max_steps: 8}", "not what this version"),
+        (("loops",), {}, "odd.ckpt was not written by gpt_lightning: 'loops'"),
+        (("optimizer_states", 0, "param_groups"), [], "--ckpt_path=odd.ckpt: loaded state"),
+        (("state_dict", "net.lm_head.weight"), torch.zeros(2), "odd.ckpt"),
+    ],
+)
+def test_going_on_with_an_odd_checkpoint_ends_in_one_line(
+    trained, monkeypatch, capsys, keys, value, part
+):
+    monkeypatch.chdir(trained)
+    odd = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    place = odd
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    torch.save(odd, "odd.ckpt")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--ckpt_path=odd.ckpt", "--trainer.max_steps=8", "--trainer.accelerator=cpu"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.err.count("\n") == 1 and part in said.err, said.err

@@ -4,7 +4,8 @@ What `--data.corpus` accepts:
 
     playwright[:SEED[:CHARS]]   a play written on the spot, its entropy known (needs no network)
     tinyshakespeare             1.1 MB of Shakespeare, downloaded once, its checksum verified
-    http://... or https://...   any text file, downloaded once; `#sha256=HEX` verifies it
+    https://...                 any text file, downloaded once; `#sha256=HEX` verifies it, and
+                                plain http:// needs that
     FILE                        a UTF-8 text file; `./tinyshakespeare` reaches a file of that name
     FOLDER                      every text file below it, sorted by path; hidden files and folders,
                                 linked folders, and binary files (NUL in the first 8 KiB) are

@@ -23,6 +23,7 @@ from gpt_lightning.data.corpora import find_corpus
 from gpt_lightning.data.tokenizers import choose
 from gpt_lightning.data.tokens import prepare_tokens
 
+MOST = 10**15  # of anything that is counted: numbers stay within 64 bits
 BATCHES_AT_ONCE = 64  # window starts are worked out for this many batches in one go
 
 
@@ -194,15 +195,19 @@ class TextDataModule(LightningDataModule):
         seed: int = 1337,
     ):
         super().__init__()
-        for flag, value, least in (
-            ("block_size", block_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("overfit_batches", overfit_batches, 0),
-            ("max_val_tokens", max_val_tokens, block_size + 1),  # a window and the token after it
+        for flag, value, least, most in (
+            ("block_size", block_size, 1, MOST),
+            ("batch_size", batch_size, 1, MOST),
+            ("stride", stride, 1, MOST),
+            ("num_workers", num_workers, 0, 1000),
+            ("overfit_batches", overfit_batches, 0, MOST),
+            # a window and the token after it
+            ("max_val_tokens", max_val_tokens, block_size + 1, MOST),
         ):
             if value is not None and value < least:
                 raise ValueError(f"--data.{flag}={value} must be at least {least}")
+            if value is not None and value > most:
+                raise ValueError(f"--data.{flag}={value} must be at most {most}")
         self.save_hyperparameters(logger=False)
         self.corpus = find_corpus(corpus)
         token_file = prepare_tokens(self.corpus, tokenizer, unknown, vocabulary)

@@ -58,7 +58,7 @@ class Sampling:
             probs = torch.softmax(scaled, dim=-1)
             if self.top_p is not None:
                 before = probs.cumsum(dim=-1) - probs  # the likeliest always stays
-                probs = torch.where(before < self.top_p, probs, 0.0)
+                probs = torch.where(before < max(self.top_p, TINY), probs, 0.0)
             if self.min_p is not None:
                 probs = torch.where(probs >= self.min_p * probs[:, :1], probs, 0.0)
             probs = probs / probs.sum(dim=-1, keepdim=True)

@@ -49,6 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             raise ValueError(f"{path} could not be written ({why(reason)})") from error
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read one, to the CPU, as everything here does."""
+        return read_checkpoint(path)
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM ended the run after a whole step, and its last checkpoint is saved."""

@@ -18,8 +18,9 @@ from torchmetrics import MeanMetric
 
 from gpt_lightning.checkpoint import KEY, describe, refuse_mismatch
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.model import build_model, model_settings
+from gpt_lightning.model import build_config, build_model, model_settings
 from gpt_lightning.model.lecture import LectureConfig
+from gpt_lightning.model.size import refuse_too_large
 from gpt_lightning.training.callbacks import RunLog
 from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.optimizers import adamw, hidden_matrices, muon, scheduled
@@ -114,6 +115,8 @@ class GPTModule(LightningModule):
         self.save_hyperparameters(logger=False)
         # named here, and not in build_model alone, so that the command line finds its fields
         config = LectureConfig(vocab_size=vocab_size, block_size=block_size, **architecture)
+        # weights, their gradients, and what the optimizer keeps
+        refuse_too_large(name, build_config(name, **asdict(config)), times=3)
         self.net = build_model(name, **asdict(config))
         if look_ahead is None:
             look_ahead = int(name == "gpt" and block_size > 1)
