@@ -401,7 +401,8 @@ def fault(error: Exception, world_size: int) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or text}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text:
+    refused = re.search("(not enough|can't allocate) memory", text)
+    if refused or isinstance(error, MemoryError | torch.OutOfMemoryError):
         return (
             "out of memory: a smaller --data.batch_size, --data.block_size or model takes less "
             f"({text.splitlines()[0] if text else 'MemoryError'})"

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gpt_lightning import GPTModule, TextDataModule
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.cli import main
+from gpt_lightning.lightning_cli import fault
 from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast
 
 RUN = Path("lightning_logs/version_0")
@@ -292,3 +293,12 @@ def test_max_time_saves_and_prints_the_command_that_goes_on_exactly(here, ends):
     assert one["global_step"] == two["global_step"] == step + 30
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][name]), name
+
+
+def test_memory_that_runs_out_is_told_with_what_takes_less():
+    with pytest.raises(RuntimeError) as refused:  # torch's own words, whatever they are here
+        torch.empty(1 << 50)
+    for error in (refused.value, MemoryError()):
+        line = fault(error, 1)
+        assert line.startswith("out of memory: a smaller --data.batch_size") and "\n" not in line
+    assert fault(RuntimeError("a mistake of ours"), 1) is None
