@@ -229,6 +229,7 @@ class BestAndLast(Checkpoint):
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
         self._restore_handlers()
+        self._let_go()
 
     def _save(self, trainer: Trainer, path: Path) -> None:
         trainer.lightning_module.refuse_not_finite(trainer.global_step)
