@@ -1,4 +1,5 @@
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_config, build_model, model_settings
-from gpt_lightning.model.attention import KVCache, causal_attention
+from gpt_lightning.model.attention import FEW, STEP, KVCache, causal_attention
 from gpt_lightning.model.gpt import GPT, PAIRS, Block, GPTConfig
 from gpt_lightning.model.lecture import LectureConfig
 
@@ -233,12 +234,16 @@ CACHED = {name: perturbed(name, block_size=12, n_layer=3, n_embd=24) for name in
 
 @pytest.mark.parametrize("name", CACHED)
 @settings(max_examples=40, deadline=None)
-@given(chunks=st.lists(st.integers(1, 12), min_size=1, max_size=12), B=st.integers(1, 3))
-def test_in_whatever_parts_a_text_comes_the_logits_are_those_of_the_whole(name, chunks, B):
+@given(
+    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    B=st.sampled_from([1, 3, FEW + 1]),
+    step=st.sampled_from([5, STEP]),
+)
+def test_in_whatever_parts_a_text_comes_the_logits_are_those_of_the_whole(name, chunks, B, step):
     model = CACHED[name]
     T = min(sum(chunks), 12)
     ids, cache, found = some_ids(B, T), new_cache(model, B), []
-    with torch.no_grad():
+    with torch.no_grad(), patch("gpt_lightning.model.attention.STEP", step):
         for chunk in chunks:
             part = ids[:, cache.length : cache.length + chunk]
             if part.shape[1]:
@@ -248,14 +253,15 @@ def test_in_whatever_parts_a_text_comes_the_logits_are_those_of_the_whole(name, 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("B", [2, FEW + 1])
 @pytest.mark.parametrize("name", CACHED)
-def test_a_cleared_cache_is_as_good_as_new(name):
-    model, cache = CACHED[name], new_cache(CACHED[name], 2)
-    model(some_ids(2, 12, seed=8), cache)
+def test_a_cleared_cache_is_as_good_as_new(name, B):
+    model, cache = CACHED[name], new_cache(CACHED[name], B)
+    model(some_ids(B, 12, seed=8), cache)
     with pytest.raises(AssertionError, match="13 tokens, block_size 12"):
-        model(some_ids(2, 1), cache)
+        model(some_ids(B, 1), cache)
     cache.clear()
-    ids = some_ids(2, 7)
+    ids = some_ids(B, 7)
     torch.testing.assert_close(model(ids, cache), model(ids), atol=1e-5, rtol=0)
 
 

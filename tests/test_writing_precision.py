@@ -12,6 +12,7 @@ from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.precision import FEW, Int8Linear, for_writing
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_model
+from gpt_lightning.model.attention import KVCache
 
 SIZES = dict(vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=32)
 
@@ -96,6 +97,22 @@ def test_probabilities_stay_nearly_what_they_were(name, how):
         rounded = F.log_softmax(for_writing(original, how)(ids).float(), -1)
     lost = F.kl_div(rounded, exact, log_target=True, reduction="sum") / ids.numel()
     assert 0 < lost < 0.02  # nats a token; weights of 0.3 make for logits of tens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt", "lecture"])
+@pytest.mark.parametrize("how", ["bf16", "int8"])
+@pytest.mark.parametrize("rows", [3, 20])  # few, and so many that keys and values are in bf16 too
+def test_token_by_token_they_stay_so_too(name, how, rows):
+    original, narrow = model(name), for_writing(model(name), how)
+    ids = torch.randint(11, (rows, 24))
+    cache = KVCache(narrow.config, rows, torch.device("cpu"), torch.bfloat16)
+    exact = F.log_softmax(original(ids), -1)
+    steps = torch.cat([narrow(part, cache) for part in ids.split(1, dim=1)], dim=1)
+    rounded = F.log_softmax(steps.float(), -1)
+    assert cache.keys[0].dtype == (torch.bfloat16 if rows == 20 else torch.float32)
+    lost = F.kl_div(rounded, exact, log_target=True, reduction="sum") / ids.numel()
+    assert 0 < lost < 0.02
 
 
 @pytest.mark.parametrize("name", ["gpt", "lecture"])

@@ -163,8 +163,7 @@ class GPT(nn.Module):
 
         `with_features` adds what the head reads, (B, T, C).
         """
-        start = cache.length if cache else 0
-        stop = start + ids.shape[1]
+        start, stop = cache.extend(ids.shape[1]) if cache else (0, ids.shape[1])
         assert self.config.block_size >= stop, f"{stop} tokens, block_size {self.config.block_size}"
         x = self.token_embedding(ids) + self.pair_embedding(self.pairs(ids, cache))  # (B, T, C)
         x = norm(x)
@@ -175,7 +174,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, ids, rotary, cache)
         if cache is not None:
-            cache.length, cache.last = stop, ids[:, -1:]
+            cache.last = ids[:, -1:]
         x = norm(x)
         logits = self.lm_head(x)  # (B, T, V)
         return (logits, x) if with_features else logits

@@ -188,15 +188,12 @@ class LectureGPT(nn.Module):
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits of ids (B, T), which in generation go on from what the cache has seen."""
-        start = cache.length if cache else 0
-        stop = start + ids.shape[1]
+        start, stop = cache.extend(ids.shape[1]) if cache else (0, ids.shape[1])
         assert self.config.block_size >= stop, f"{stop} tokens, block_size {self.config.block_size}"
         positions = torch.arange(start, stop, device=ids.device)
         x = self.token_embedding_table(ids) + self.position_embedding_table(positions)  # (B, T, C)
         for block in self.blocks:
             x = block(x, cache)
-        if cache is not None:
-            cache.length = stop
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
 
