@@ -61,6 +61,12 @@ def test_characters_round_trip(text):
     assert tokenizer_from_state(tokenizer.state()).encode(text).tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize("token", [-1, 3, 1 << 40])
+def test_a_streamed_id_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(ValueError, match=f"token id {token} is not in the vocabulary of 3 tokens"):
+        CharTokenizer("abc").stream_decoder()(token)
+
+
 @pytest.mark.parametrize("text", SAMPLES)
 def test_a_vocabulary_in_any_order(text):
     vocabulary = "".join(sorted(set("".join(SAMPLES)), reverse=True))
