@@ -230,6 +230,7 @@ def test_pairs_share_rows_in_a_large_vocabulary():
 # --- the cache ------------------------------------------------------------------------------------
 
 CACHED = {name: perturbed(name, block_size=12, n_layer=3, n_embd=24) for name in ("gpt", "lecture")}
+CACHED["no layers"] = perturbed("lecture", block_size=12, n_layer=0, n_embd=24)
 
 
 @pytest.mark.parametrize("name", CACHED)

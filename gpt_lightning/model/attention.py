@@ -57,11 +57,11 @@ class KVCache:
         self.whole = device.type == "cpu" and batch_size > FEW
         if device.type == "cpu" and not self.whole:
             dtype = torch.float32
-        self.block_size = config.block_size
+        self.block_size, self.room = config.block_size, 0
+        self.kind = {"device": device, "dtype": dtype}
         shape = (batch_size, config.n_head, 0, config.n_embd // config.n_head)
         self.keys, self.values = (
-            [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-            for _ in range(2)
+            [torch.empty(shape, **self.kind) for _ in range(config.n_layer)] for _ in range(2)
         )
         self.clear()
 
@@ -78,18 +78,17 @@ class KVCache:
         """
         self.start, self.length = self.length, self.length + n
         assert self.length <= self.block_size, f"{self.length} tokens, block_size {self.block_size}"
-        room = self.keys[0].shape[2]
-        if self.length > room:
-            wanted = min(-(-self.length // STEP) * STEP, self.block_size)
+        if self.length > self.room:
+            room = min(-(-self.length // STEP) * STEP, self.block_size)
             # zeros: where the mask puts a weight of 0, it is multiplied all the same
             self.keys, self.values = (
-                [F.pad(layer, (0, 0, 0, wanted - room)) for layer in part]
+                [F.pad(layer, (0, 0, 0, room - self.room)) for layer in part]
                 for part in (self.keys, self.values)
             )
-            room = wanted
+            self.room = room
         self.mask = None
         if self.whole or (n > 1 and self.start > 0):
-            ahead = self.keys[0].new_full((n, room), -math.inf).triu(self.start + 1)
+            ahead = torch.full((n, self.room), -math.inf, **self.kind).triu(self.start + 1)
             self.mask = ahead if self.whole else ahead[:, : self.length]
         return self.start, self.length
 
