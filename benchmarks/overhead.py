@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -10,17 +11,34 @@ from lightning.pytorch import Callback, Trainer
 
 from benchmarks.report import table
 from gpt_lightning import GPTModule, TextDataModule
-from gpt_lightning.training.memory import keep_freed_memory
 from gpt_lightning.training.optimizers import scheduled
 
+TURN = 10  # steps of each before the other goes on
 
-class Clock(Callback):
-    """Seconds from the 20th step to the last."""
+
+class Turns(Callback):
+    """Lets the raw loop take ten steps after every ten of the Trainer.
+
+    Two whole runs, one after the other, differ by more than the overhead: in a minute a machine
+    changes by a tenth.
+    """
+
+    def __init__(self, loop: Iterator[None]):
+        self.loop = loop
+        self.seconds: list[tuple[float, float]] = []  # of ten steps, the Trainer's and the loop's
+
+    def on_train_start(self, trainer, module) -> None:
+        self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if batch_idx == 19:
-            self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - getattr(self, "start", time.perf_counter())
+        if (batch_idx + 1) % TURN:
+            return
+        middle = time.perf_counter()
+        for _ in range(TURN):
+            next(self.loop)
+        end = time.perf_counter()
+        self.seconds.append((middle - self.start, end - middle))
+        self.start = time.perf_counter()
 
 
 def build():
@@ -30,23 +48,24 @@ def build():
     return GPTModule(data.vocab_size, 64, bias=False, **settings), data
 
 
-def fitted(precision: str, steps: int) -> float:
-    """Seconds a step under `Trainer.fit`, with TensorBoard, clipping and lines every 10 steps."""
+def in_turn(precision: str, steps: int) -> list[tuple[float, float]]:
+    """Seconds of ten steps of `Trainer.fit`, with TensorBoard, clipping and lines every 10 steps,
+    and of ten of the raw loop, over and over."""
     module, data = build()
-    clock = Clock()
+    turns = Turns(raw(precision, steps))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            accelerator="cpu", precision=precision, max_steps=steps, callbacks=[clock],
+            accelerator="cpu", precision=precision, max_steps=steps, callbacks=[turns],
             gradient_clip_val=1.0, log_every_n_steps=10, limit_val_batches=0,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
             default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(module, data)
-    return clock.seconds / (steps - 20)
+    return turns.seconds[2:]  # the first are slower, of both
 
 
-def raw(precision: str, steps: int) -> float:
-    """Seconds a step in plain PyTorch: same module, batches, optimizer, clipping and schedule."""
+def raw(precision: str, steps: int) -> Iterator[None]:
+    """Steps in plain PyTorch: same module, batches, optimizer, clipping and schedule."""
     module, data = build()
     data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     data.prepare_data()
@@ -66,28 +85,23 @@ def raw(precision: str, steps: int) -> float:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if i == 19:
-            start = time.perf_counter()
-    return (time.perf_counter() - start) / (steps - 20)
+        yield
 
 
 def measure(rounds: int, steps: int):
-    """Both loops in turn, in nanoGPT's CPU shape; medians.
+    """Both loops in turn, ten steps each, in nanoGPT's CPU shape; medians over all turns.
 
-    Every other pair begins with the raw loop, so that a machine which grows slower in the course of
-    a run favours neither.
+    Raises:
+        ValueError: for too few steps.
     """
-    keep_freed_memory()  # as the Trainer's run does for itself
+    if steps < 3 * TURN:
+        raise ValueError(f"--steps={steps} must be at least {3 * TURN}")
     runs, rows = {}, []
     for precision in ("32-true", "bf16-mixed"):
-        pairs = []
-        for turn in range(rounds):
-            loops = (fitted, raw) if turn % 2 == 0 else (raw, fitted)
-            taken = {loop: loop(precision, steps) for loop in loops}
-            pairs.append((taken[fitted], taken[raw]))
-        runs[precision] = pairs
-        trainer, loop = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
-        share = statistics.median(a / b - 1 for a, b in pairs)
+        turns = [turn for _ in range(rounds) for turn in in_turn(precision, steps)]
+        runs[precision] = turns
+        trainer, loop = (statistics.median(c) * 1e3 / TURN for c in zip(*turns, strict=True))
+        share = statistics.median(a / b - 1 for a, b in turns)
         rows.append([precision, f"{trainer:.2f} ms", f"{loop:.2f} ms", f"{share:+.1%}"])
     header = ["", "Trainer, a step", "raw loop, a step", "overhead"]
-    return {"steps": steps, "seconds": runs}, table(header, rows)
+    return {"steps": steps, "turn": TURN, "seconds": runs}, table(header, rows)

@@ -39,7 +39,7 @@ class RunLog(Callback):
     """
 
     def __init__(self):
-        self.loss: torch.Tensor | float = 0.0
+        self.losses: list[torch.Tensor] = []  # of the present step, one for each micro-step
         self.tokens, self.seconds = 0, 0.0  # since the last line
         self.all_seconds = 0.0  # of training alone, since its start
         self.since: float | None = None  # when training last went on
@@ -67,16 +67,16 @@ class RunLog(Callback):
             self.since = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.loss = self.loss + outputs["next"] / trainer.accumulate_grad_batches
+        self.losses.append(outputs["next"])
         self.tokens += batch[1].numel()
         if not stepped(trainer, batch_idx):
             return
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.write(trainer, module)
-        self.loss = 0.0
+        self.losses.clear()
 
     def write(self, trainer: Trainer, module: LightningModule) -> None:
-        loss = float(trainer.strategy.reduce(self.loss, reduce_op="mean"))
+        loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
         self.pause()
         metrics = {
             "train/loss": loss,
