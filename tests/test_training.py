@@ -162,7 +162,8 @@ def test_bf16_trains_in_bf16_and_validates_in_fp32(data):
 def test_logged_train_loss_and_grad_norm_are_those_of_the_step(data):
     class Keep(RunLog):
         def write(self, trainer, module):
-            kept.append((float(self.loss), float(module.grad_norm)))
+            super().write(trainer, module)
+            kept.append((float(trainer.callback_metrics["train/loss"]), float(module.grad_norm)))
 
     kept, watch = [], Watch()
     dm = data()
@@ -181,6 +182,28 @@ def test_logged_train_loss_and_grad_norm_are_those_of_the_step(data):
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert loss == pytest.approx(mean.item(), abs=1e-5)
         assert norm == pytest.approx(grads.norm().item(), rel=1e-4)  # before clipping
+
+
+@pytest.mark.parametrize(("limit", "longer"), [(0.01, True), (1e3, False), (None, False)])
+def test_a_gradient_is_clipped_as_torch_does_it(data, limit, longer):
+    class Watched(GPTModule):
+        def configure_gradient_clipping(self, *args, **settings):
+            expected = [p.grad.clone() for p in self.parameters()]
+            copies = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in expected]
+            for copy, grad in zip(copies, expected, strict=True):
+                copy.grad = grad
+            norm = torch.nn.utils.clip_grad_norm_(copies, limit or torch.inf)
+            super().configure_gradient_clipping(*args, **settings)
+            assert (limit is not None and norm > limit) == longer
+            seen.append((copies, [p.grad.clone() for p in self.parameters()]))
+
+    seen, dm = [], data()
+    model = Watched(dm.vocab_size, dm.hparams.block_size, n_layer=2, n_head=2, n_embd=16)
+    trainer(max_steps=3, gradient_clip_val=limit, limit_val_batches=0).fit(model, dm)
+    assert len(seen) == 3
+    for copies, found in seen:
+        for copy, grad in zip(copies, found, strict=True):
+            torch.testing.assert_close(grad, copy.grad)
 
 
 def perturb(model):
