@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 
-def fit(config: Path, *flags: str) -> dict:
-    """Train in a folder of its own.
+def fit(config: Path | None, *flags: str) -> dict:
+    """Train in a folder of its own, with the defaults where there is no config.
 
     Returns:
         `loss` (exact, of the last step, nats per character), `training` (seconds of the steps
@@ -20,7 +20,8 @@ def fit(config: Path, *flags: str) -> dict:
     Raises:
         ValueError: if the command fails, with its last line.
     """
-    command = [sys.executable, "-m", "gpt_lightning", "fit", f"--config={config.resolve()}", *flags]
+    flags = (*([f"--config={config.resolve()}"] if config else []), *flags)
+    command = [sys.executable, "-m", "gpt_lightning", "fit", *flags]
     with (
         tempfile.TemporaryDirectory() as folder,
         open(Path(folder, "out"), "w+") as out,

@@ -1,12 +1,10 @@
 """How time and memory grow with width, depth, context and text."""
 
 import statistics
-from pathlib import Path
 
 from benchmarks import ours
 from benchmarks.report import table
 
-CONFIG = Path("configs/cpu/seconds_80.yaml")
 # 2048 characters a step in each, so that only what is named differs
 VARIANTS = {
     "4 layers x 128, context 128, 1 MB": [],
@@ -21,7 +19,7 @@ VARIANTS = {
 
 
 def measure(rounds: int, steps: int):
-    """Each variant of `configs/cpu/seconds_80.yaml` in turn, `rounds` times, `steps` steps each.
+    """Each variant of a bare `fit` in turn, `rounds` times, `steps` steps each.
 
     The first turn prepares the texts; it is not counted.
 
@@ -30,11 +28,11 @@ def measure(rounds: int, steps: int):
         memory, each beside the first row's.
     """
     few = [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
-    few += ["--data.corpus=playwright", "--trainer.limit_val_batches=2"]
+    few += ["--sample.every_n_steps=0", "--trainer.limit_val_batches=2"]
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     for turn in range(rounds + 1):
         for name, flags in VARIANTS.items():
-            found = ours.fit(CONFIG, *few, *flags)
+            found = ours.fit(None, *few, *flags)
             if turn:
                 runs[name].append(found)
     medians = {
