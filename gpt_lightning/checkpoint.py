@@ -74,6 +74,13 @@ def describe(
     return {"format": FORMAT, "model": model, "tokenizer": tokenizer, "corpus": corpus}
 
 
+def model_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint's model, from its entry under KEY; at first there were no
+    triples."""
+    model = entry["model"]
+    return {"triples": False, **model} if model.get("name") == "gpt" else model
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint to the CPU, without running any code that it may hold.
 
@@ -234,9 +241,10 @@ def refuse_mismatch(
         path: the checkpoint's, for the message.
         corpus: whether the text has to be the same too (to train on, not to validate).
     """
+    model = model_of(entry)
     # a checkpoint from before a setting existed was trained with its default
     try:
-        stored = asdict(build_config(**entry["model"])) | {"name": entry["model"]["name"]}
+        stored = asdict(build_config(**model)) | {"name": model["name"]}
     except TypeError as error:
         raise ValueError(
             f"--ckpt_path={path} has settings of the model that this version does not know: use "

@@ -11,7 +11,7 @@ from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_config, build_model, model_settings
 from gpt_lightning.model.attention import FEW, STEP, KVCache, causal_attention
-from gpt_lightning.model.gpt import GPT, PAIRS, Block, GPTConfig
+from gpt_lightning.model.gpt import GPT, Block, GPTConfig
 from gpt_lightning.model.lecture import LectureConfig
 
 SIZES = dict(vocab_size=9, block_size=6, n_layer=2, n_head=2, n_embd=16)
@@ -62,9 +62,13 @@ def reference(weights, config, ids):
     w = {name: weight.double() for name, weight in weights.items()}
     V, C, H = config.vocab_size, config.n_embd, config.n_head
     D, T = C // H, len(ids)
-    rows = min(V * V, 32768)
-    pairs = [(before * V + i) % rows for before, i in zip([ids[0], *ids], ids, strict=False)]
-    x = standard(w["token_embedding.weight"][ids] + w["pair_embedding.weight"][pairs])
+    text = [ids[0], ids[0], *ids]
+    pairs = [(text[t - 1] * V + text[t]) % min(V * V, 32768) for t in range(2, T + 2)]
+    x = w["token_embedding.weight"][ids] + w["pair_embedding.weight"][pairs]
+    if config.triples:
+        triples = [text[t - 2] * V * V + text[t - 1] * V + text[t] for t in range(2, T + 2)]
+        x = x + w["triple_embedding.weight"][[i % min(V**3, 16384) for i in triples]]
+    x = standard(x)
     for layer in range(config.n_layer):
         block = f"blocks.{layer}."
         wq, wk, wv = w[block + "attn.qkv.weight"].split(C)
@@ -93,7 +97,8 @@ SHAPES = [
     dict(block_size=1),
     dict(n_layer=1, n_embd=2, n_head=1),
     dict(vocab_size=1),
-    dict(vocab_size=200, n_embd=4, n_layer=1),  # pairs share rows
+    dict(triples=False),
+    dict(vocab_size=200, n_embd=4, n_layer=1),  # pairs share rows, and triples
     dict(n_layer=3, block_size=11, vocab_size=30, n_embd=12, n_head=3),
 ]
 
@@ -165,6 +170,7 @@ def test_names_and_shapes_of_the_weights_stay():
     assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == {
         "token_embedding.weight": (9, 16),
         "pair_embedding.weight": (81, 16),
+        "triple_embedding.weight": (729, 16),
         "blocks.0.attn.qkv.weight": (48, 16),
         "blocks.0.attn.proj.weight": (16, 16),
         "blocks.0.attn.value_embedding.weight": (9, 16),
@@ -187,8 +193,8 @@ def test_only_distances_count():
     assert (model(ids) - logits)[:, 1:].abs().amax() > 1e-2
 
 
-def test_order_counts_without_the_pairs_too():
-    model = perturbed(n_layer=1)
+def test_order_counts_without_pairs_and_triples_too():
+    model = perturbed(n_layer=1, triples=False)
     with torch.no_grad():
         model.pair_embedding.weight.zero_()
     here, there = model(torch.tensor([[1, 2, 3, 4]])), model(torch.tensor([[2, 1, 3, 4]]))
@@ -207,24 +213,49 @@ def test_the_last_token_of_a_window_is_turned_by_its_angle():
     assert sin.tolist() == pytest.approx([-s for s in sines] + sines, abs=1e-4)
 
 
-# --- pairs ----------------------------------------------------------------------------------------
+# --- pairs and triples ----------------------------------------------------------------------------
 
 
-def test_each_pair_has_a_row_in_a_small_vocabulary():
+def rows_read(model, ids, name, cache=None):
+    """Which rows of the embedding `name` the model reads, as lists."""
+    found = []
+    hook = getattr(model, name).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    model(torch.tensor(ids), cache)
+    hook.remove()
+    return found[0].tolist()
+
+
+def test_each_pair_and_triple_has_a_row_in_a_small_vocabulary():
     model = build_model("gpt", **SIZES)
-    assert model.pairs(torch.tensor([[2, 0, 8, 8]]), None).tolist() == [[20, 18, 8, 80]]
-    every = torch.cartesian_prod(torch.arange(9), torch.arange(9))
-    assert sorted(model.pairs(every, None)[:, 1].tolist()) == list(range(81))
+    assert rows_read(model, [[2, 0, 8, 8]], "pair_embedding") == [[20, 18, 8, 80]]
+    found = rows_read(model, [[2, 0, 8, 8]], "triple_embedding")
+    assert found == [[2 * 81 + 20, 2 * 81 + 18, 2 * 81 + 8, 80]]
+    every = torch.cartesian_prod(*[torch.arange(9)] * 3).tolist()
+    assert sorted(row[2] for row in rows_read(model, every, "triple_embedding")) == [*range(729)]
 
 
-def test_pairs_share_rows_in_a_large_vocabulary():
+def test_they_share_rows_in_a_large_vocabulary():
     model = perturbed(vocab_size=200, n_embd=4)
-    assert model.pair_embedding.num_embeddings == PAIRS == 32768
-    found = model.pairs(torch.tensor([[163, 173], [0, 5], [199, 199]]), None)
-    assert found[:, 1].tolist() == [5, 5, 199 * 200 + 199 - 32768]
-    ids, cache = some_ids(2, 6, 200), new_cache(model, 2)
-    parts = torch.cat([model(part, cache) for part in ids.split(1, dim=1)], dim=1)
-    torch.testing.assert_close(parts, model(ids), atol=1e-5, rtol=0)
+    assert len(model.pair_embedding.weight) == 32768
+    assert len(model.triple_embedding.weight) == 16384
+    ids = [[163, 173, 1], [0, 5, 0], [199, 199, 199]]
+    found = rows_read(model, ids, "pair_embedding")
+    assert [row[1] for row in found] == [163 * 200 + 173 - 32768, 5, 199 * 200 + 199 - 32768]
+    found = rows_read(model, ids, "triple_embedding")
+    assert [row[2] for row in found] == [(163 * 40000 + 173 * 200 + 1) % 16384, 1000, 4607]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_a_token_s_triple_is_found_across_parts_of_a_text(chunk):
+    model, ids = perturbed(vocab_size=200, n_embd=4), some_ids(2, 6, 200)
+    whole = rows_read(model, ids.tolist(), "triple_embedding")
+    cache, parts = new_cache(model, 2), [[], []]
+    for part in ids.split(chunk, dim=1):
+        for row, new in zip(
+            parts, rows_read(model, part.tolist(), "triple_embedding", cache), strict=True
+        ):
+            row.extend(new)
+    assert parts == whole
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -351,7 +382,7 @@ def test_the_lecture_s_switches_may_stand_there_as_they_are_by_default():
 def test_a_model_can_be_built_again_from_its_settings():
     model = perturbed(dropout=0.25)
     settings_ = model_settings("gpt", model)
-    assert settings_ == {"name": "gpt", **SIZES, "dropout": 0.25}
+    assert settings_ == {"name": "gpt", **SIZES, "dropout": 0.25, "triples": True}
     again = build_model(**settings_)
     assert isinstance(again, GPT)
     again.load_state_dict(model.state_dict())

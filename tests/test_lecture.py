@@ -672,3 +672,11 @@ def test_an_older_checkpoint_is_refused_for_a_switch_turned_off(setting, value, 
     message = str(error.value)
     assert "\n" not in message and f"--model.{setting}={value} does not fit" in message
     assert f"old.ckpt, whose model has {setting}={default}" in message
+
+
+def test_an_older_gpt_knew_no_triples():
+    entry = described("gpt", triples=False)
+    del entry["model"]["triples"]
+    refuse_mismatch(entry, described("gpt", triples=False), "old.ckpt")
+    with pytest.raises(ValueError, match="--model.triples=True does not fit --ckpt_path=old.ckpt"):
+        refuse_mismatch(entry, described("gpt"), "old.ckpt")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
-LARGE = 2_000_000  # parameters; with fewer, reading them is not what takes the time
+LARGE = 2_000_000  # weights of linear layers; with fewer, reading them is not what takes the time
 FEW = 16  # rows; for more, one product of matrices in bf16 is quicker
 
 
@@ -66,7 +66,8 @@ def for_writing(model: nn.Module, precision: str) -> nn.Module:
     if precision == "int8" and device != "cpu":
         raise ValueError(f"--precision=int8 is for a CPU, not for --device={device}; try bf16")
     if precision == "auto":
-        if device != "cpu" or sum(p.numel() for p in model.parameters()) < LARGE:
+        linear = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)]
+        if device != "cpu" or sum(linear) < LARGE:
             return model
         rounded = for_writing(model, "int8")
         # two to four times as quick where it pays at all, so that the answer is always the same

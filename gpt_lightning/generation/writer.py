@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gpt_lightning.checkpoint import KEY, read_checkpoint
+from gpt_lightning.checkpoint import KEY, model_of, read_checkpoint
 from gpt_lightning.data.tokenizers import (
     UNKNOWN,
     ByteTokenizer,
@@ -64,7 +64,7 @@ class Writer:
         }
         entry = checkpoint[KEY]
         try:
-            model = load_model(weights, **entry["model"])
+            model = load_model(weights, **model_of(entry))
             tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
             if tokenizer.vocab_size != model.config.vocab_size:
                 raise ValueError("another vocabulary")

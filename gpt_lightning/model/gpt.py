@@ -2,7 +2,8 @@
 
 From token ids to logits, top-down:
 
-1. a token's embedding, plus one for the pair that it makes with the token before it;
+1. a token's embedding, plus one for the pair that it makes with the token before it, and one for
+   the triple with the two before it;
 2. blocks of attention (rotary positions, normalised queries and keys, value embeddings) and
    feed-forward (squared ReLU), each reading a normalised stream and adding to it, nothing at first:
    their last matrices begin at zero;
@@ -23,7 +24,7 @@ from torch import nn
 
 from gpt_lightning.model.attention import KVCache, causal_attention
 
-PAIRS = 1 << 15  # rows of the pair embedding at most; in larger vocabularies pairs share rows
+PAIRS, TRIPLES = 1 << 15, 1 << 14  # rows of their embeddings at most; more of them share rows
 
 
 @dataclass
@@ -38,6 +39,7 @@ class GPTConfig:
         n_embd: C, channels; a multiple of 2 n_head.
         dropout: share of channels dropped in training, of what each layer adds to the stream; in a
             window the same ones at all positions.
+        triples: whether triples of tokens have embeddings.
 
     Raises:
         ValueError: in one line that names the flag, for sizes that cannot be.
@@ -49,6 +51,7 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
+    triples: bool = True
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -146,12 +149,15 @@ class GPT(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.n_embd
         self.token_embedding = nn.Embedding(V, C)
-        self.pair_embedding = nn.Embedding(min(V * V, PAIRS), C)
+        # n-grams of the input (Huang et al. 2025, "Over-tokenized transformer")
+        self.pair_embedding = nn.Embedding(min(V**2, PAIRS), C)
+        self.triple_embedding = nn.Embedding(min(V**3, TRIPLES), C) if config.triples else None
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.lm_head = nn.Linear(C, V, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
-        for module in (self.pair_embedding, self.lm_head):
-            nn.init.zeros_(module.weight)
+        for module in (self.pair_embedding, self.triple_embedding, self.lm_head):
+            if module is not None:
+                nn.init.zeros_(module.weight)
         for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.proj.weight)
@@ -165,26 +171,34 @@ class GPT(nn.Module):
         """
         start, stop = cache.extend(ids.shape[1]) if cache else (0, ids.shape[1])
         assert self.config.block_size >= stop, f"{stop} tokens, block_size {self.config.block_size}"
-        x = self.token_embedding(ids) + self.pair_embedding(self.pairs(ids, cache))  # (B, T, C)
-        x = norm(x)
+        x = norm(self.embed(ids, cache))  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the stream too, or every layer would copy its input and its result
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rotary = self.rotary[:, start:stop].type_as(x)
         for block in self.blocks:
             x = block(x, ids, rotary, cache)
-        if cache is not None:
-            cache.last = ids[:, -1:]
         x = norm(x)
         logits = self.lm_head(x)  # (B, T, V)
         return (logits, x) if with_features else logits
 
-    def pairs(self, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """Row of each (token before, token) in the pair embedding, (B, T); the first has none
-        before it and stands for itself twice."""
-        first = ids[:, :1] if cache is None or cache.last is None else cache.last
-        before = torch.cat([first, ids[:, :-1]], dim=1)
-        return (before * self.config.vocab_size + ids) % self.pair_embedding.num_embeddings
+    def embed(self, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        """Each token alone, as a pair and as a triple with those before it, (B, T, C).
+
+        Before the first one stands itself.
+        """
+        V = self.config.vocab_size
+        last = ids[:, :1].expand(-1, 2) if cache is None or cache.last is None else cache.last
+        known = torch.cat([last, ids], dim=1)  # (B, 2 + T)
+        if cache is not None:
+            cache.last = known[:, -2:]
+        pairs = known[:, 1:-1] * V + ids
+        x = self.token_embedding(ids)
+        x = x + self.pair_embedding(pairs % self.pair_embedding.num_embeddings)
+        if self.triple_embedding is None:
+            return x
+        triples = known[:, :-2] * V**2 + pairs
+        return x + self.triple_embedding(triples % self.triple_embedding.num_embeddings)
 
 
 def rotary_table(config: GPTConfig) -> torch.Tensor:
