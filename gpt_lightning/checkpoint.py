@@ -75,10 +75,9 @@ def describe(
 
 
 def model_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint's model, from its entry under KEY; at first there were no
-    triples."""
+    """The settings of a checkpoint's model, from its entry under KEY; once n-grams were pairs."""
     model = entry["model"]
-    return {"triples": False, **model} if model.get("name") == "gpt" else model
+    return {"n_gram": 2, **model} if model.get("name") == "gpt" else model
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

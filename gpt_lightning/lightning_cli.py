@@ -424,8 +424,8 @@ def as_it_was(stored: dict[str, Any]) -> dict[str, Any]:
         trainer["precision"] = trainer["precision"] or "32-true"
     if model and "look_ahead" not in model:
         model |= {"look_ahead": 0, "embedding_weight_decay": 0.0}
-    if model and "triples" not in model:
-        model["triples"] = False if model.get("name") == "gpt" else None
+    if model and "n_gram" not in model:
+        model["n_gram"] = 2 if model.get("name") == "gpt" else None
     return stored
 
 

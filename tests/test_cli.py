@@ -181,9 +181,9 @@ def test_a_checkpoint_from_before_there_was_a_choice_goes_on_as_it_was():
     assert stored["model"]["min_lr"] == 1e-4 and stored["trainer"]["precision"] == "32-true"
     assert stored["model"]["look_ahead"] == 0
     assert stored["model"]["embedding_weight_decay"] == 0.0
-    assert stored["model"]["triples"] is None
+    assert stored["model"]["n_gram"] is None
     stored = as_it_was({"model": {"name": "gpt", "optimizer": "muon", "look_ahead": 1}})
-    assert stored["model"]["triples"] is False
-    model = {"optimizer": "muon", "min_lr": 0.0, "look_ahead": 1, "triples": None}
+    assert stored["model"]["n_gram"] == 2
+    model = {"optimizer": "muon", "min_lr": 0.0, "look_ahead": 1, "n_gram": None}
     new = {"model": model, "trainer": {"precision": "bf16-mixed"}}
     assert as_it_was(dict(new)) == new and as_it_was({}) == {}

@@ -565,15 +565,15 @@ def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
     one_line(error)
 
 
-def test_a_modern_gpt_from_before_there_were_triples_writes_on(tmp_path):
+def test_a_modern_gpt_that_knew_pairs_alone_writes_on(tmp_path):
     tokenizer = CharTokenizer("\n abcdef")
-    settings = dict(block_size=6, n_layer=1, n_head=2, n_embd=16, triples=False)
+    settings = dict(block_size=6, n_layer=1, n_head=2, n_embd=16, n_gram=2)
     model = build_model("gpt", vocab_size=8, **settings)
     torch.nn.init.normal_(model.lm_head.weight, std=5.0, generator=seeded())
     expected = Writer(model, tokenizer).write("abc", max_new_tokens=30)
     path = save(tmp_path / "old.ckpt", model, tokenizer, "gpt")
     checkpoint = torch.load(path)
-    del checkpoint[KEY]["model"]["triples"]
+    del checkpoint[KEY]["model"]["n_gram"]
     torch.save(checkpoint, path)
     assert Writer.load(path).write("abc", max_new_tokens=30) == expected
 

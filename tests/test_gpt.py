@@ -62,12 +62,13 @@ def reference(weights, config, ids):
     w = {name: weight.double() for name, weight in weights.items()}
     V, C, H = config.vocab_size, config.n_embd, config.n_head
     D, T = C // H, len(ids)
-    text = [ids[0], ids[0], *ids]
-    pairs = [(text[t - 1] * V + text[t]) % min(V * V, 32768) for t in range(2, T + 2)]
+    text = [ids[0]] * 20 + ids
+    pairs = [(text[t - 1] * V + text[t]) % min(V * V, 32768) for t in range(20, T + 20)]
     x = w["token_embedding.weight"][ids] + w["pair_embedding.weight"][pairs]
-    if config.triples:
-        triples = [text[t - 2] * V * V + text[t - 1] * V + text[t] for t in range(2, T + 2)]
-        x = x + w["triple_embedding.weight"][[i % min(V**3, 16384) for i in triples]]
+    for n in range(3, config.n_gram + 1):
+        numbers = [sum(text[t - i] * V**i for i in range(n)) for t in range(20, T + 20)]
+        rows = [number % min(V**n, 16381) for number in numbers]
+        x = x + w[f"ngram_embeddings.{n - 3}.weight"][rows]
     x = standard(x)
     for layer in range(config.n_layer):
         block = f"blocks.{layer}."
@@ -97,7 +98,8 @@ SHAPES = [
     dict(block_size=1),
     dict(n_layer=1, n_embd=2, n_head=1),
     dict(vocab_size=1),
-    dict(triples=False),
+    dict(n_gram=2),
+    dict(n_gram=5),
     dict(vocab_size=200, n_embd=4, n_layer=1),  # pairs share rows, and triples
     dict(n_layer=3, block_size=11, vocab_size=30, n_embd=12, n_head=3),
 ]
@@ -170,7 +172,7 @@ def test_names_and_shapes_of_the_weights_stay():
     assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == {
         "token_embedding.weight": (9, 16),
         "pair_embedding.weight": (81, 16),
-        "triple_embedding.weight": (729, 16),
+        "ngram_embeddings.0.weight": (729, 16),
         "blocks.0.attn.qkv.weight": (48, 16),
         "blocks.0.attn.proj.weight": (16, 16),
         "blocks.0.attn.value_embedding.weight": (9, 16),
@@ -193,8 +195,8 @@ def test_only_distances_count():
     assert (model(ids) - logits)[:, 1:].abs().amax() > 1e-2
 
 
-def test_order_counts_without_pairs_and_triples_too():
-    model = perturbed(n_layer=1, triples=False)
+def test_order_counts_without_n_grams_too():
+    model = perturbed(n_layer=1, n_gram=2)
     with torch.no_grad():
         model.pair_embedding.weight.zero_()
     here, there = model(torch.tensor([[1, 2, 3, 4]])), model(torch.tensor([[2, 1, 3, 4]]))
@@ -213,54 +215,71 @@ def test_the_last_token_of_a_window_is_turned_by_its_angle():
     assert sin.tolist() == pytest.approx([-s for s in sines] + sines, abs=1e-4)
 
 
-# --- pairs and triples ----------------------------------------------------------------------------
+# --- n-grams --------------------------------------------------------------------------------------
 
 
-def rows_read(model, ids, name, cache=None):
-    """Which rows of the embedding `name` the model reads, as lists."""
+def rows_read(model, ids, cache=None):
+    """Which rows of its n-grams' embeddings the model reads: pairs, triples, ..., as lists."""
     found = []
-    hook = getattr(model, name).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    tables = [model.pair_embedding, *model.ngram_embeddings]
+    hooks = [t.register_forward_pre_hook(lambda _, args: found.append(args[0])) for t in tables]
     model(torch.tensor(ids), cache)
-    hook.remove()
-    return found[0].tolist()
+    for hook in hooks:
+        hook.remove()
+    return [rows.tolist() for rows in found]
 
 
-def test_each_pair_and_triple_has_a_row_in_a_small_vocabulary():
-    model = build_model("gpt", **SIZES)
-    assert rows_read(model, [[2, 0, 8, 8]], "pair_embedding") == [[20, 18, 8, 80]]
-    found = rows_read(model, [[2, 0, 8, 8]], "triple_embedding")
-    assert found == [[2 * 81 + 20, 2 * 81 + 18, 2 * 81 + 8, 80]]
-    every = torch.cartesian_prod(*[torch.arange(9)] * 3).tolist()
-    assert sorted(row[2] for row in rows_read(model, every, "triple_embedding")) == [*range(729)]
+def test_each_n_gram_has_a_row_in_a_small_vocabulary():
+    model = build_model("gpt", **{**SIZES, "n_gram": 4})
+    pairs, triples, fours = rows_read(model, [[2, 0, 8, 8]])
+    assert pairs == [[20, 18, 8, 80]]
+    assert triples == [[2 * 81 + 20, 2 * 81 + 18, 2 * 81 + 8, 80]]
+    assert fours == [[2 * 729 + 182, 2 * 729 + 180, 2 * 729 + 170, 2 * 729 + 80]]
+    every = torch.cartesian_prod(*[torch.arange(9)] * 4).tolist()
+    for n, rows in enumerate(rows_read(model, every), start=2):
+        assert sorted({row[-1] for row in rows}) == [*range(9**n)]
 
 
-def test_they_share_rows_in_a_large_vocabulary():
-    model = perturbed(vocab_size=200, n_embd=4)
+def test_n_grams_share_rows_in_a_large_vocabulary():
+    model = build_model("gpt", **{**SIZES, "vocab_size": 200, "n_embd": 4})
     assert len(model.pair_embedding.weight) == 32768
-    assert len(model.triple_embedding.weight) == 16384
-    ids = [[163, 173, 1], [0, 5, 0], [199, 199, 199]]
-    found = rows_read(model, ids, "pair_embedding")
-    assert [row[1] for row in found] == [163 * 200 + 173 - 32768, 5, 199 * 200 + 199 - 32768]
-    found = rows_read(model, ids, "triple_embedding")
-    assert [row[2] for row in found] == [(163 * 40000 + 173 * 200 + 1) % 16384, 1000, 4607]
+    assert [len(table.weight) for table in model.ngram_embeddings] == [16381]
+    pairs, triples = rows_read(model, [[163, 173, 1], [0, 5, 0], [199, 199, 199]])
+    assert [row[1] for row in pairs] == [163 * 200 + 173 - 32768, 5, 199 * 200 + 199 - 32768]
+    assert [row[2] for row in triples] == [6554601 % 16381, 1000, 7999999 % 16381]
+
+
+def test_the_row_of_a_long_n_gram_depends_on_each_of_its_tokens():
+    # 256 as for bytes: with a power of two as the number of rows the first would not count
+    model = build_model("gpt", **{**SIZES, "block_size": 12, "vocab_size": 256, "n_gram": 12})
+    ids = some_ids(1, 12, 256)
+    rows = [row[0][-1] for row in rows_read(model, ids.tolist())]
+    for back in range(12):
+        changed = ids.clone()
+        changed[0, -1 - back] = (changed[0, -1 - back] + 1) % 256
+        others = [row[0][-1] for row in rows_read(model, changed.tolist())]
+        # an n-gram longer than `back` tokens has changed, and a shorter one has not
+        assert [a != b for a, b in zip(rows, others, strict=True)] == [
+            n > back for n in range(2, 13)
+        ]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])
-def test_a_token_s_triple_is_found_across_parts_of_a_text(chunk):
-    model, ids = perturbed(vocab_size=200, n_embd=4), some_ids(2, 6, 200)
-    whole = rows_read(model, ids.tolist(), "triple_embedding")
-    cache, parts = new_cache(model, 2), [[], []]
-    for part in ids.split(chunk, dim=1):
-        for row, new in zip(
-            parts, rows_read(model, part.tolist(), "triple_embedding", cache), strict=True
-        ):
-            row.extend(new)
-    assert parts == whole
+def test_n_grams_go_across_the_parts_of_a_text(chunk):
+    model = perturbed(vocab_size=200, n_embd=4, n_gram=5)
+    ids, cache = some_ids(2, 6, 200), new_cache(model, 2)
+    parts = [rows_read(model, part.tolist(), cache) for part in ids.split(chunk, dim=1)]
+    joined = [
+        [[i for row in rows for i in row] for rows in zip(*tables, strict=True)]
+        for tables in zip(*parts, strict=True)
+    ]
+    assert joined == rows_read(model, ids.tolist())
 
 
 # --- the cache ------------------------------------------------------------------------------------
 
 CACHED = {name: perturbed(name, block_size=12, n_layer=3, n_embd=24) for name in ("gpt", "lecture")}
+CACHED["5-grams"] = perturbed(block_size=12, n_layer=2, n_gram=5)
 CACHED["no layers"] = perturbed("lecture", block_size=12, n_layer=0, n_embd=24)
 
 
@@ -338,6 +357,8 @@ def test_a_batch_is_written_as_each_text_alone():
         (dict(n_embd=-4), "--model.n_embd=-4 must be at least 1"),
         (dict(vocab_size=0), "--model.vocab_size=0 must be at least 1"),
         (dict(block_size=0), "--model.block_size=0 must be at least 1"),
+        (dict(n_gram=1), "--model.n_gram=1 must lie in [2, 16]"),
+        (dict(n_gram=17), "--model.n_gram=17 must lie in [2, 16]"),
         (dict(dropout=1.0), "--model.dropout=1.0 must lie in [0, 1)"),
         (dict(dropout=-0.1), "--model.dropout=-0.1 must lie in [0, 1)"),
         (dict(dropout=math.nan), "--model.dropout=nan must lie in [0, 1)"),
@@ -382,7 +403,7 @@ def test_the_lecture_s_switches_may_stand_there_as_they_are_by_default():
 def test_a_model_can_be_built_again_from_its_settings():
     model = perturbed(dropout=0.25)
     settings_ = model_settings("gpt", model)
-    assert settings_ == {"name": "gpt", **SIZES, "dropout": 0.25, "triples": True}
+    assert settings_ == {"name": "gpt", **SIZES, "dropout": 0.25, "n_gram": 3}
     again = build_model(**settings_)
     assert isinstance(again, GPT)
     again.load_state_dict(model.state_dict())

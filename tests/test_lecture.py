@@ -674,9 +674,9 @@ def test_an_older_checkpoint_is_refused_for_a_switch_turned_off(setting, value, 
     assert f"old.ckpt, whose model has {setting}={default}" in message
 
 
-def test_an_older_gpt_knew_no_triples():
-    entry = described("gpt", triples=False)
-    del entry["model"]["triples"]
-    refuse_mismatch(entry, described("gpt", triples=False), "old.ckpt")
-    with pytest.raises(ValueError, match="--model.triples=True does not fit --ckpt_path=old.ckpt"):
+def test_an_older_gpt_knew_pairs_alone():
+    entry = described("gpt", n_gram=2)
+    del entry["model"]["n_gram"]
+    refuse_mismatch(entry, described("gpt", n_gram=2), "old.ckpt")
+    with pytest.raises(ValueError, match="--model.n_gram=3 does not fit --ckpt_path=old.ckpt"):
         refuse_mismatch(entry, described("gpt"), "old.ckpt")

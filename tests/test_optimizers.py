@@ -134,7 +134,7 @@ def test_matrices_inside_the_blocks_of_the_gpt_are_muon_s():
         0.0: [
             "token_embedding.weight",
             "pair_embedding.weight",
-            "triple_embedding.weight",
+            "ngram_embeddings.0.weight",
             "blocks.0.attn.value_embedding.weight",
             "blocks.1.attn.value_embedding.weight",
             "lm_head.weight",

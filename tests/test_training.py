@@ -269,7 +269,7 @@ def test_the_confidence_penalty_is_so_many_times_the_entropy_of_what_is_predicte
     ("settings", "message"),
     [
         ({"name": "lecture", "look_ahead": 1}, "--model.look_ahead=1 is for --model.name=gpt"),
-        ({"name": "bigram", "triples": False}, "--model.triples=False is for --model.name=gpt"),
+        ({"name": "bigram", "n_gram": 2}, "--model.n_gram=2 is for --model.name=gpt"),
         ({"look_ahead": -1}, "--model.look_ahead=-1 must be 0 or more"),
         ({"look_ahead": 8, "block_size": 8}, "--model.look_ahead=8 must be below --data.block"),
     ],
@@ -279,10 +279,10 @@ def test_what_only_the_modern_gpt_has_is_refused_in_one_line(settings, message):
         GPTModule(**({"vocab_size": 5, "block_size": 8, "n_embd": 16} | settings))
 
 
-@pytest.mark.parametrize("triples, rows", [(None, 125), (True, 125), (False, None)])
-def test_triples_have_embeddings_in_the_modern_gpt_unless_told_otherwise(triples, rows):
-    table = GPTModule(5, 8, n_embd=16, triples=triples).net.triple_embedding
-    assert (table if table is None else len(table.weight)) == rows
+@pytest.mark.parametrize("n_gram, rows", [(None, [125]), (2, []), (4, [125, 625])])
+def test_up_to_triples_n_grams_have_embeddings_unless_told_otherwise(n_gram, rows):
+    tables = GPTModule(5, 8, n_embd=16, n_gram=n_gram).net.ngram_embeddings
+    assert [len(table.weight) for table in tables] == rows
 
 
 def test_a_window_of_one_token_has_nothing_further_ahead():

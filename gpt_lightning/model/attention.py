@@ -51,7 +51,7 @@ class KVCache:
         start: tokens before the present step.
         length: N, tokens with it, the same in every row.
         mask: (n, room) 0, or minus infinity where a token must not look; None where none is needed.
-        last: (B, 2) the last two ids, for a model whose embedding looks back.
+        last: (B, n) the last ids, for a model whose embedding looks back so far.
     """
 
     def __init__(self, config, batch_size: int, device: torch.device, dtype: torch.dtype):

@@ -2,8 +2,8 @@
 
 From token ids to logits, top-down:
 
-1. a token's embedding, plus one for the pair that it makes with the token before it, and one for
-   the triple with the two before it;
+1. a token's embedding, plus one for each n-gram that ends with it: the pair with the token before
+   it, the triple with the two before it, and so on;
 2. blocks of attention (rotary positions, normalised queries and keys, value embeddings) and
    feed-forward (squared ReLU), each reading a normalised stream and adding to it, nothing at first:
    their last matrices begin at zero;
@@ -24,7 +24,9 @@ from torch import nn
 
 from gpt_lightning.model.attention import KVCache, causal_attention
 
-PAIRS, TRIPLES = 1 << 15, 1 << 14  # rows of their embeddings at most; more of them share rows
+# Rows of an embedding at most, where n-grams share them: of pairs, and of longer ones. A prime for
+# these: the row is a remainder, which with a power of two would know the last bytes alone.
+PAIRS, NGRAMS = 1 << 15, 16_381
 
 
 @dataclass
@@ -39,7 +41,7 @@ class GPTConfig:
         n_embd: C, channels; a multiple of 2 n_head.
         dropout: share of channels dropped in training, of what each layer adds to the stream; in a
             window the same ones at all positions.
-        triples: whether triples of tokens have embeddings.
+        n_gram: up to so many tokens in a row have an embedding together, from 2 to 16.
 
     Raises:
         ValueError: in one line that names the flag, for sizes that cannot be.
@@ -51,12 +53,14 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
-    triples: bool = True
+    n_gram: int = 3
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--model.{name}={getattr(self, name)} must be at least 1")
+        if not 2 <= self.n_gram <= 16:
+            raise ValueError(f"--model.n_gram={self.n_gram} must lie in [2, 16]")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"--model.n_embd={self.n_embd} is not divisible by twice "
@@ -151,13 +155,14 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(V, C)
         # n-grams of the input (Huang et al. 2025, "Over-tokenized transformer")
         self.pair_embedding = nn.Embedding(min(V**2, PAIRS), C)
-        self.triple_embedding = nn.Embedding(min(V**3, TRIPLES), C) if config.triples else None
+        self.ngram_embeddings = nn.ModuleList(  # of triples, ...
+            nn.Embedding(min(V**n, NGRAMS), C) for n in range(3, config.n_gram + 1)
+        )
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.lm_head = nn.Linear(C, V, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
-        for module in (self.pair_embedding, self.triple_embedding, self.lm_head):
-            if module is not None:
-                nn.init.zeros_(module.weight)
+        for module in (self.pair_embedding, *self.ngram_embeddings, self.lm_head):
+            nn.init.zeros_(module.weight)
         for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.proj.weight)
@@ -183,22 +188,22 @@ class GPT(nn.Module):
         return (logits, x) if with_features else logits
 
     def embed(self, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """Each token alone, as a pair and as a triple with those before it, (B, T, C).
+        """Each token alone, and in each n-gram that it ends, (B, T, C).
 
         Before the first one stands itself.
         """
-        V = self.config.vocab_size
-        last = ids[:, :1].expand(-1, 2) if cache is None or cache.last is None else cache.last
-        known = torch.cat([last, ids], dim=1)  # (B, 2 + T)
+        (B, T), behind = ids.shape, self.config.n_gram - 1
+        last = cache.last if cache is not None else None
+        known = torch.cat([ids[:, :1].expand(B, behind) if last is None else last, ids], dim=1)
         if cache is not None:
-            cache.last = known[:, -2:]
-        pairs = known[:, 1:-1] * V + ids
-        x = self.token_embedding(ids)
-        x = x + self.pair_embedding(pairs % self.pair_embedding.num_embeddings)
-        if self.triple_embedding is None:
-            return x
-        triples = known[:, :-2] * V**2 + pairs
-        return x + self.triple_embedding(triples % self.triple_embedding.num_embeddings)
+            cache.last = known[:, T:]
+        x, number = self.token_embedding(ids), ids
+        for n, table in enumerate([self.pair_embedding, *self.ngram_embeddings], start=1):
+            # the n-gram as a number whose digits are its tokens, less what leaves no remainder
+            digit = self.config.vocab_size**n % (PAIRS * NGRAMS)
+            number = number + known[:, behind - n : behind - n + T] * digit
+            x = x + table(number % table.num_embeddings)
+        return x
 
 
 def rotary_table(config: GPTConfig) -> torch.Tensor:

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from gpt_lightning.model.gpt import PAIRS, TRIPLES, GPTConfig
+from gpt_lightning.model.gpt import NGRAMS, PAIRS, GPTConfig
 from gpt_lightning.model.lecture import LectureConfig
 
 LAYER = 1 << 15  # bytes that a layer's Python objects take, however small its weights are
@@ -29,8 +29,8 @@ def numbers(name: str, config: GPTConfig | LectureConfig) -> int:
     if name == "bigram":
         return V * V
     if name == "gpt":
-        rows = 2 * V + min(V**2, PAIRS) + (min(V**3, TRIPLES) if config.triples else 0)
-        return rows * C + config.n_layer * (12 * C + V) * C
+        longer = sum(min(V**n, NGRAMS) for n in range(3, config.n_gram + 1))
+        return (2 * V + min(V**2, PAIRS) + longer) * C + config.n_layer * (12 * C + V) * C
     bias, width = int(config.bias), config.ffwd * C
     norm = config.norm * (1 + bias) * C
     layer = 3 * C * C + norm + config.proj * (C + bias) * C
