@@ -1,7 +1,5 @@
 """The weights that text is written with: what is rounded, by how much, and when."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,10 +128,12 @@ def test_fp32_is_the_model_itself():
     assert for_writing(original, "fp32") is original
 
 
-def test_a_small_model_is_not_measured(monkeypatch):
-    monkeypatch.setattr(precision, "token_seconds", lambda model: math.nan)
-    original = model("gpt")
-    assert for_writing(original, "auto") is original
+def test_a_small_model_is_not_measured_however_large_its_embeddings(monkeypatch):
+    monkeypatch.setattr(precision, "token_seconds", lambda model: pytest.fail("measured"))
+    for sizes in ({}, {"n_gram": 12, "vocab_size": 200}):
+        original = model("gpt", **sizes)
+        assert for_writing(original, "auto") is original
+    assert sum(p.numel() for p in original.parameters()) > 2 * precision.LARGE
 
 
 @pytest.mark.parametrize(("fp32", "int8", "rounds"), [(2.0, 1.0, True), (1.4, 1.0, False)])
