@@ -59,7 +59,8 @@ class GPTModule(LightningModule):
             "Better & faster large language models via multi-token prediction"); for `gpt` alone,
             1 unless given. `train/loss` is the next token's alone.
         n_gram: up to so many characters in a row have an embedding together; for `gpt` alone, 3
-            unless given. 5 learns quickest, and a large text's worth of steps does not need it.
+            unless given. The longer, the quicker it learns: 5 for a run of seconds, 2 for one that
+            sees its text many times and would learn it by heart.
         confidence_penalty: in training, subtract so many times the entropy of the predictions from
             the loss, which keeps a model that sees a small text often from being too sure (Pereyra
             et al. 2017).
