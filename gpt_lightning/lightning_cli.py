@@ -40,9 +40,10 @@ from gpt_lightning.training.lightning_module import GPTModule
 from gpt_lightning.training.precision import choose_precision
 from gpt_lightning.training.report import closing_table, introduction
 
+# A run of which nobody says how long takes so many steps, or goes so many times through a shorter
+# text, which further steps would learn by heart (docs/experiments.md), with some steps in any case.
+STEPS, PASSES, FEWEST_STEPS = 1000, 3, 40
 DEFAULTS = {
-    "max_steps": 1000,
-    "max_epochs": -1,
     "val_check_interval": 250,  # batches, counted through the whole run:
     "check_val_every_n_epoch": None,
     "log_every_n_steps": 10,
@@ -237,14 +238,32 @@ class GPTCLI(LightningCLI):
         if command == "fit":
             refuse_trainer_settings(config)
             self._choose_precision(config, self._get(self.config_init, "model"))
+        unsaid = config.max_steps == -1 and config.max_epochs is None
+        if unsaid:
+            config.max_steps = STEPS
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         # what Lightning raises for a bad setting; a TypeError for a number of devices
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             named = [key for key in re.findall(r"\w+", str(error)) if key in config]
             flags = [f"--trainer.{key}={config[key]}" for key in named[:1]]
             flags = flags or [flag for flag in self.argv if flag.startswith("--trainer.")]
             raise ValueError(f"{' '.join(flags)}: {error}") from error
+        if unsaid and command == "fit" and not trainer.fast_dev_run:
+            # not before: processes share the text, and the Trainer has just counted them
+            self._set_length(trainer, self._get(self.config_init, "data"))
+        return trainer
+
+    def _set_length(self, trainer: Trainer, data: TextDataModule) -> None:
+        """Choose how many steps the run takes, with the usual four validations and two samples."""
+        steps, config = enough_steps(data, trainer), self.config[self.subcommand]
+        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps = steps
+        if config.trainer.val_check_interval == DEFAULTS["val_check_interval"]:
+            batches = steps * trainer.accumulate_grad_batches
+            trainer.val_check_interval = config.trainer.val_check_interval = batches // 4
+        if config.sample.every_n_steps == STEPS // 2:
+            sampler = next(c for c in trainer.callbacks if isinstance(c, GenerateText))
+            sampler.every_n_steps = config.sample.every_n_steps = steps // 2
 
     def _choose_precision(self, config: Namespace, model: Any) -> None:
         """Fill in --trainer.precision where nobody gave it; a resumed run keeps its own."""
@@ -391,6 +410,16 @@ class GPTCLI(LightningCLI):
             path, n = folder / f"predictions-{n}.npz", n + 1
         np.savez(path, ids=ids, nats=nats)
         print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
+
+
+def enough_steps(data: TextDataModule, trainer: Trainer) -> int:
+    """Steps of a run of which nobody says how long, a multiple of four: fewer for a short text."""
+    if data.hparams.overfit_batches:
+        return STEPS
+    tokens = sum(stop - start for start, stop in data.train_spans)
+    windows = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    passes = PASSES * tokens // (windows * data.hparams.block_size)
+    return min(STEPS, max(FEWEST_STEPS, passes // 4 * 4))
 
 
 def fault(error: Exception, world_size: int) -> str | None:

@@ -1,9 +1,11 @@
 """The commands as a user types them, when all is well."""
 
+import re
 import shutil
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from gpt_lightning.cli import main
 from gpt_lightning.lightning_cli import as_it_was
+from gpt_lightning.training.callbacks import RunBar
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -166,6 +169,50 @@ def test_saved_config_reproduces_the_run(trained, tmp_path, monkeypatch):
     )
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][name])
+
+
+SHAPE = ("--data.block_size=8", "--data.batch_size=4", "--model.n_layer=1", "--model.n_embd=16")
+
+
+@pytest.mark.parametrize(
+    "chars, flags, steps",
+    [
+        (500, [], 40),  # 450 to train on, 32 a step: 42 steps in three rounds
+        (800, [], 64),  # 67
+        (800, ["--trainer.accumulate_grad_batches=2"], 40),
+        (800, ["--data.batch_size=2"], 132),  # 135
+        (800, ["--trainer.max_steps=7"], 7),
+        (800, ["--trainer.max_epochs=1"], 22),
+        (800, ["--data.overfit_batches=1"], 1000),
+        (400_000, [], 1000),
+    ],
+)
+def test_a_run_of_which_nobody_says_how_long_goes_three_times_through_a_short_text(
+    chars, flags, steps, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(("to be or not to be\n" * (chars // 19 + 1))[:chars])
+    ends = []
+
+    def stop_at_once(self, trainer, module, batch, batch_idx):
+        ends.append(int(module.decay_steps))
+        trainer.should_stop = True
+
+    monkeypatch.setattr(RunBar, "on_train_batch_start", stop_at_once)
+    quick = ["--trainer.accelerator=cpu", "--sample.every_n_steps=0", "--trainer.precision=32-true"]
+    run("fit", "--data.corpus=a.txt", *SHAPE, *quick, *flags)
+    assert set(ends) == {steps}
+
+
+def test_a_short_run_is_validated_four_times_and_writes_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("to be or not to be\n" * 42)
+    assert run("fit", "--data.corpus=a.txt", *SHAPE, "--trainer.accelerator=cpu") == 0
+    out = capsys.readouterr().out
+    assert "batch 4 x 8, 64 steps" in out
+    assert re.findall(r"^step (\d+)  train", out, re.M) == ["16", "32", "48", "64"]
+    assert re.findall(r"-- step (\d+) --", out) == ["32", "64"]
+    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=66") == 0  # goes on where it ended
 
 
 def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -27,13 +27,14 @@ def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule, why: 
     folder = trainer.logger.log_dir if trainer.logger else "no log"
     device = trainer.strategy.root_device.type
     held_out = "validated" if hp.max_val_tokens else "held out"
+    steps = f", {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
     hint = "       --data.max_val_tokens=1000000 would validate in less time\n"
     return (
         f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {held_out}, "
         f"vocabulary {data.vocab_size}\n{hint if val > MANY_TOKENS else ''}"
         f"model  {model.hparams.name}, {shape}block {hp.block_size}: {parameters:,} parameters\n"
         f"run    {folder} on {device} x {trainer.world_size}, "
-        f"batch {hp.batch_size} x {hp.block_size}\n"
+        f"batch {hp.batch_size} x {hp.block_size}{steps}\n"
         f"       {model.hparams.optimizer}, {trainer.precision}{why}"
     )
 
