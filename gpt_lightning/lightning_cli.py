@@ -251,10 +251,10 @@ class GPTCLI(LightningCLI):
             raise ValueError(f"{' '.join(flags)}: {error}") from error
         if unsaid and command == "fit" and not trainer.fast_dev_run:
             # not before: processes share the text, and the Trainer has just counted them
-            self._set_length(trainer, self._get(self.config_init, "data"))
+            self._choose_length(trainer, self._get(self.config_init, "data"))
         return trainer
 
-    def _set_length(self, trainer: Trainer, data: TextDataModule) -> None:
+    def _choose_length(self, trainer: Trainer, data: TextDataModule) -> None:
         """Choose how many steps the run takes, with the usual four validations and two samples."""
         steps, config = enough_steps(data, trainer), self.config[self.subcommand]
         trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps = steps

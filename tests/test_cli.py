@@ -215,6 +215,19 @@ def test_a_short_run_is_validated_four_times_and_writes_twice(tmp_path, monkeypa
     assert run("fit", "--ckpt_path=last", "--trainer.max_steps=66") == 0  # goes on where it ended
 
 
+def test_the_last_step_of_a_run_measured_in_epochs_is_validated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("to be or not to be\n" * 42)  # 22 steps in an epoch
+    quick = ["--trainer.accelerator=cpu", "--sample.every_n_steps=0"]
+    flags = [*SHAPE, *quick, "--trainer.val_check_interval=30"]
+    assert run("fit", "--data.corpus=a.txt", *flags, "--trainer.max_epochs=2") == 0
+    assert run("fit", "--ckpt_path=last", "--trainer.max_epochs=3") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^step (\d+)  train", out, re.M) == ["30", "44", "60", "66"]
+    losses = re.findall(r"^step (?:44|66)  .* val (.*?) nats", out, re.M)
+    assert re.findall(r"^final val loss  +(.*?) nats", out, re.M) == losses
+
+
 def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("fit", "--data.corpus=playwright:3:9000", *QUICK, "--trainer.fast_dev_run=2") == 0

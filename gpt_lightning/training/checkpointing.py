@@ -196,7 +196,7 @@ class BestAndLast(Checkpoint):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if not stepped(trainer, batch_idx):
             return
-        if trainer.global_step == trainer.max_steps:
+        if ends(trainer):
             trainer.should_stop = True  # so that the final step is validated, whatever the interval
         if not validation_follows(trainer):
             self._save_last(trainer)
@@ -239,6 +239,13 @@ class BestAndLast(Checkpoint):
         self.safe = path, trainer.global_step
         if path == self.last_path:
             self.last_step = trainer.global_step
+
+
+def ends(trainer: Trainer) -> bool:
+    """Whether the training batch that has just ended is the run's last."""
+    if trainer.global_step == trainer.max_steps:
+        return True
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def validation_follows(trainer: Trainer) -> bool:
