@@ -45,7 +45,7 @@ def build():
     data = TextDataModule("playwright", block_size=64, batch_size=12)
     settings = {"name": "lecture", "optimizer": "adamw", "n_layer": 4, "n_head": 4, "n_embd": 128}
     torch.manual_seed(1337)
-    return GPTModule(data.vocab_size, 64, bias=False, weight_decay=0.1, **settings), data
+    return GPTModule(data.vocab_size, 64, bias=False, **settings), data
 
 
 def in_turn(precision: str, steps: int) -> list[tuple[float, float]]:

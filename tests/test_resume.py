@@ -120,7 +120,7 @@ def test_flags_win_over_the_checkpoint_and_later_states_are_kept(uninterrupted, 
     assert last["global_step"] == STEPS + 20
     assert [group["muon"] for group in groups] == [False, True]
     assert [group["lr"] for group in groups] == [0.5, 0.03]
-    assert [group["weight_decay"] for group in groups] == [0.0, 0.3]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.3]
     assert last["hyper_parameters"]["dropout"] == 0.2  # not given, so the checkpoint's
     assert last["datamodule_hyper_parameters"]["batch_size"] == 10
     assert sorted(p.name for p in run.glob("config*")) == [

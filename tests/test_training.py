@@ -370,3 +370,10 @@ def test_impossible_settings_are_named_in_one_line(flag, value):
     with pytest.raises(ValueError, match=f"--model.{flag}=") as error:
         GPTModule(vocab_size=5, block_size=8, **{flag: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer, decay", [("muon", 0.0), ("adamw", 0.1)])
+def test_weight_decay_unless_given_follows_the_optimizer(data, optimizer, decay):
+    settings = {"name": "gpt", "optimizer": optimizer}
+    assert module(data(), **settings).hparams.weight_decay == decay
+    assert module(data(), **settings, weight_decay=0.3).hparams.weight_decay == 0.3

@@ -50,7 +50,8 @@ class GPTModule(LightningModule):
         warmup_steps: steps over which they rise.
         lr_decay_steps: the step at which they arrive there; the run's last unless given. 0 keeps
             them at their peaks.
-        weight_decay: on matrices only; with Muon on its own ones only.
+        weight_decay: on matrices only, with Muon on its own ones only; unless given 0.1 with AdamW
+            alone and 0 with Muon.
         embedding_weight_decay: with Muon, on the embeddings and the head, which are AdamW's.
         beta1: AdamW's.
         beta2: AdamW's.
@@ -86,7 +87,7 @@ class GPTModule(LightningModule):
         min_lr: float = 0.0,
         warmup_steps: int = 0,
         lr_decay_steps: int | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         embedding_weight_decay: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.99,
@@ -99,6 +100,8 @@ class GPTModule(LightningModule):
         **architecture,
     ):
         super().__init__()
+        if weight_decay is None:
+            weight_decay = 0.0 if optimizer == "muon" else 0.1
         for flag, value in (
             ("learning_rate", learning_rate),
             ("muon_learning_rate", muon_learning_rate),
@@ -117,6 +120,7 @@ class GPTModule(LightningModule):
             if not 0 <= value < 1:
                 raise ValueError(f"--model.{flag}={value} must lie in [0, 1)")
         self.save_hyperparameters(logger=False)
+        self.hparams.weight_decay = weight_decay  # the command line's are as given
         # named here, and not in build_model alone, so that the command line finds its fields
         config = LectureConfig(vocab_size=vocab_size, block_size=block_size, **architecture)
         settings = asdict(config)
