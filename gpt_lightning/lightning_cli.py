@@ -477,6 +477,11 @@ def refuse_trainer_settings(config: Namespace) -> None:
         raise ValueError(
             f"--trainer.gradient_clip_val={config.gradient_clip_val} must not be negative"
         )
+    if re.search("spawn|fork|notebook", str(config.strategy)):
+        raise ValueError(
+            f"--trainer.strategy={config.strategy} is for notebooks: its processes' results do not "
+            "come back to a command; use --trainer.strategy=ddp"
+        )
     if config.overfit_batches:
         raise ValueError(
             f"--trainer.overfit_batches={config.overfit_batches} would replace the order of the "
