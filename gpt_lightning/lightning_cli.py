@@ -36,13 +36,11 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.messages import nearest
 from gpt_lightning.training.callbacks import GenerateText, RunBar
 from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast, Interrupted
+from gpt_lightning.training.length import STEPS, enough_steps
 from gpt_lightning.training.lightning_module import GPTModule
 from gpt_lightning.training.precision import choose_precision
 from gpt_lightning.training.report import closing_table, introduction
 
-# A run of which nobody says how long takes so many steps, or goes so many times through a shorter
-# text, which further steps would learn by heart (docs/experiments.md), with some steps in any case.
-STEPS, PASSES, FEWEST_STEPS = 1000, 3, 40
 DEFAULTS = {
     "val_check_interval": 250,  # batches, counted through the whole run:
     "check_val_every_n_epoch": None,
@@ -256,7 +254,11 @@ class GPTCLI(LightningCLI):
 
     def _choose_length(self, trainer: Trainer, data: TextDataModule) -> None:
         """Choose how many steps the run takes, with the usual four validations and two samples."""
-        steps, config = enough_steps(data, trainer), self.config[self.subcommand]
+        config, hp, steps = self.config[self.subcommand], data.hparams, STEPS
+        if not hp.overfit_batches:  # those are to be learnt by heart
+            windows = hp.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+            tokens = sum(stop - start for start, stop in data.train_spans)
+            steps = enough_steps(tokens, windows * hp.block_size)
         trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps = steps
         if config.trainer.val_check_interval == DEFAULTS["val_check_interval"]:
             batches = steps * trainer.accumulate_grad_batches
@@ -410,16 +412,6 @@ class GPTCLI(LightningCLI):
             path, n = folder / f"predictions-{n}.npz", n + 1
         np.savez(path, ids=ids, nats=nats)
         print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
-
-
-def enough_steps(data: TextDataModule, trainer: Trainer) -> int:
-    """Steps of a run of which nobody says how long, a multiple of four: fewer for a short text."""
-    if data.hparams.overfit_batches:
-        return STEPS
-    tokens = sum(stop - start for start, stop in data.train_spans)
-    windows = data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    passes = PASSES * tokens // (windows * data.hparams.block_size)
-    return min(STEPS, max(FEWEST_STEPS, passes // 4 * 4))
 
 
 def fault(error: Exception, world_size: int) -> str | None:
