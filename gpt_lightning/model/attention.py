@@ -52,6 +52,8 @@ class KVCache:
         start: tokens before the present step.
         length: N, tokens with it, the same in every row.
         mask: (n, N) 0, or minus infinity where a token must not look; None where none is needed.
+        channels, tokens: (B * H, D) and (B * H, N), the rows that a new token's products add up, of
+            all keys and of all values, where a CPU writes many rows.
         last: (B, n) the last ids, for a model whose embedding looks back so far.
     """
 
@@ -65,7 +67,7 @@ class KVCache:
         key_shape = (B, H, D, 0) if self.many else (B, H, 0, D)
         self.keys = [torch.empty(key_shape, **self.kind) for _ in range(config.n_layer)]
         self.values = [torch.empty((B, H, 0, D), **self.kind) for _ in range(config.n_layer)]
-        self.channels = torch.arange(B * H * D).view(B * H, D)  # rows of all keys, transposed
+        self.channels = torch.arange(B * H * D).view(B * H, D)
         self.clear()
 
     def clear(self) -> None:
@@ -92,7 +94,7 @@ class KVCache:
             self.mask = torch.full((n, self.length), -math.inf, **self.kind).triu(self.start + 1)
         elif self.many:
             first = torch.arange(0, self.channels.shape[0] * self.room, self.room)
-            self.tokens = first[:, None] + torch.arange(self.length)  # (B * H, N) rows of values
+            self.tokens = first[:, None] + torch.arange(self.length)
         return self.start, self.length
 
     def attend(
