@@ -88,9 +88,9 @@ class RunLog(Callback):
                 metrics["lr_muon"] = group["lr"]
         if module.grad_norm is not None:
             metrics["grad_norm"] = float(module.grad_norm)
-        module.log_to_loggers(metrics)
         # for the bar and whoever watches metrics; module.log takes half a millisecond for it
         trainer.callback_metrics["train/loss"] = torch.tensor(loss)
+        module.log_to_loggers(metrics)
         self.tokens, self.seconds = 0, 0.0
         self.since = time.perf_counter()
 
