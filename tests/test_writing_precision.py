@@ -31,9 +31,11 @@ def linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(64, 48, bias=bias)
 
 
+@pytest.mark.parametrize("laid_out", [precision.ONEDNN, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1, 40])
-def test_a_rounded_layer_is_the_layer_with_weights_on_a_grid(rows, bias):
+def test_a_rounded_layer_is_the_layer_with_weights_on_a_grid(rows, bias, laid_out, monkeypatch):
+    monkeypatch.setattr(precision, "ONEDNN", laid_out)
     layer = linear(bias)
     rounded = Int8Linear(layer)
     x = torch.randn(2, rows, 64).bfloat16()[:1]

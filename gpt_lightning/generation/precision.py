@@ -15,6 +15,8 @@ from torch import nn
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 LARGE = 2_000_000  # weights of linear layers; with fewer, reading them is not what takes the time
 FEW = 16  # rows; for more, one product of matrices in bf16 is quicker
+# whether torch's own operations for weights laid out by oneDNN are there, and the processor can
+ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Int8Linear(nn.Module):
@@ -31,13 +33,17 @@ class Int8Linear(nn.Module):
         whole = (weight / scale.float()[:, None]).round().clamp(-127, 127)  # (N, K)
         self.register_buffer("weight", whole.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.register_buffer("wide", (whole * scale.float()[:, None]).bfloat16())  # the same, bf16
+        self.wide = (whole * scale.float()[:, None]).bfloat16()  # (N, K), the same, for many rows
+        if ONEDNN:  # laid out as the product needs it, which every call would do anew
+            self.wide = torch.ops.mkldnn._reorder_linear_weight(self.wide, 2 * FEW)
         bias = None if linear.bias is None else linear.bias.detach().bfloat16()
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (B, K)
         if rows.shape[0] > FEW:
+            if self.wide.is_mkldnn:
+                return torch.ops.mkldnn._linear_pointwise(x, self.wide, self.bias, "none", [], "")
             return F.linear(x, self.wide, self.bias)
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale)  # (B, N)
         if self.bias is not None:
