@@ -15,8 +15,11 @@ from torch import nn
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 LARGE = 2_000_000  # weights of linear layers; with fewer, reading them is not what takes the time
 FEW = 16  # rows; for more, one product of matrices in bf16 is quicker
-# whether torch's own operations for weights laid out by oneDNN are there, and the processor can
-ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# whether torch's inner operations for weights laid out by oneDNN are there, and the processor can
+ONEDNN = (
+    hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 
 
 class Int8Linear(nn.Module):
