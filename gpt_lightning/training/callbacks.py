@@ -90,7 +90,7 @@ class RunLog(Callback):
             metrics["grad_norm"] = float(module.grad_norm)
         # for the bar and whoever watches metrics; module.log takes half a millisecond for it
         trainer.callback_metrics["train/loss"] = torch.tensor(loss)
-        module.log_to_loggers(metrics)
+        module.log_to_loggers(metrics)  # last: TensorBoard's thread takes Python's lock after it
         self.tokens, self.seconds = 0, 0.0
         self.since = time.perf_counter()
 
