@@ -1,1 +1,1 @@
-"""How fast and how good, beside nanoGPT: `python -m benchmarks --help`."""
+"""Loss, speed and memory, next to a checkout of nanoGPT: `python -m benchmarks --help`."""

@@ -1,7 +1,6 @@
-"""A text of gigabytes: its preparation, the order of its windows, a step beside a small text's."""
+"""A text of gigabytes: its preparation, and training steps on it and on a small text."""
 
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -10,40 +9,33 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-
-from benchmarks import ours
-from benchmarks.report import table
-from gpt_lightning.data import windows
+from benchmarks.common import ENVIRONMENT, columns, fit, markdown, median
 from gpt_lightning.data.playwright import write_play
 
 PREPARE = """
 import json, re, sys, time
 from pathlib import Path
-from gpt_lightning.data import corpora, tokens
+from gpt_lightning.data.corpus import find_corpus
+from gpt_lightning.data.tokens import prepare_tokens
 
-def peak():  # of this process alone, in MB; getrusage's begins with that of the one it came from
+def peak_memory():  # MB; getrusage's starts at that of the process which started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-before, start = peak(), time.perf_counter()
-found = tokens.prepare_tokens(corpora.find_corpus(sys.argv[1]))
+before, start = peak_memory(), time.perf_counter()
+tokens = prepare_tokens(find_corpus(sys.argv[1])).open()
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "memory": peak() - before, "tokens": len(found.open())}))
+figures = {"seconds": seconds, "memory": peak_memory() - before, "tokens": len(tokens)}
+print(json.dumps(figures))
 """
 
 
-def translated(line: str, turn: int) -> str:
-    """A line in another alphabet: as it is, with umlauts and an emoji, in Chinese characters."""
-    if turn == 1:
-        return line.translate(str.maketrans("aouAOU", "äöüÄÖÜ")).replace("\n", " 😀\n")
-    return line.translate({ord("a") + i: 0x4E00 + 7 * i for i in range(26)}) if turn else line
+def add_arguments(parser):
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=300)
 
 
-def repeat(path: Path, lines: list[str], size: int) -> None:
-    """Write `lines` over and over, each time from another of them on, until there are `size` bytes.
-
-    So the file has no period, though every line of it comes again.
-    """
+def write_text(path: Path, lines: list[str], size: int) -> None:
+    """Write `size` bytes or a little more: `lines` again and again, each time rotated."""
     rng = random.Random(1337)
     with path.open("wb") as file:
         while file.tell() < size:
@@ -51,84 +43,70 @@ def repeat(path: Path, lines: list[str], size: int) -> None:
             file.write("".join(lines[at:] + lines[:at]).encode())
 
 
-def prepare(path: Path) -> dict:
-    """Seconds and memory (MB above what the imports take) of a fresh process, and tokens found."""
+def other_alphabets(line: str, number: int) -> str:
+    """Every third line as it is, with umlauts and an emoji, in Chinese characters."""
+    if number % 3 == 0:
+        return line
+    if number % 3 == 1:
+        return line.translate(str.maketrans("aouAOU", "äöüÄÖÜ")).replace("\n", " 😀\n")
+    return line.translate({ord("a") + i: 0x4E00 + 7 * i for i in range(26)})
+
+
+def prepare(path: Path, cache: str) -> dict:
+    """Seconds and memory (MB above what imports take) of preparing a text in a new process."""
+    environment = ENVIRONMENT | {"GPT_LIGHTNING_CACHE": cache}
     command = [sys.executable, "-c", PREPARE, str(path)]
-    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    return {**found, "mb_per_second": path.stat().st_size / 1e6 / found["seconds"]}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    figures = json.loads(done.stdout)
+    return {**figures, "mb_per_second": path.stat().st_size / 1e6 / figures["seconds"]}
 
 
-def prove_order(tokens: int, block_size: int, epoch: int) -> int:
-    """The number of windows in an epoch, each of which was met once; ValueError if one was not.
+def measure(args) -> tuple[dict, str]:
+    """Needs four times `--gigabytes` in the temporary folder ($TMPDIR).
 
-    All are gone through: as many numbers as places, and every place taken.
+    The files have just been written, so the system's cache holds as much of them as it can.
     """
-    train, _ = windows.split_spans(tokens, "tail", 0.1, block_size)
-    source = windows.SlidingWindows(train, block_size, block_size, seed=1337)
-    n, piece = len(source), 1 << 20
-    met, phases = np.zeros(n, bool), set()
-    for first in range(epoch * n, (epoch + 1) * n, piece):
-        starts = source.starts(np.arange(first, min(first + piece, (epoch + 1) * n)))
-        places, phase = np.divmod(starts, block_size)
-        met[places] = True
-        phases.update(np.unique(phase).tolist())
-    if not met.all() or len(phases) != 1:
-        raise ValueError(f"epoch {epoch} of {n:,} windows is no permutation of them")
-    return n
-
-
-def measure(gigabytes: float, rounds: int, steps: int):
-    """Prepare an ASCII text and one in several alphabets, and train on the first and on 1 MB of it.
-
-    Training is a bare `fit` of `steps` steps, by the command line, the two texts in turn. Texts and
-    token files are made in the temporary folder ($TMPDIR), which takes four times `gigabytes`. They
-    have just been written, so that the system holds of them in memory what it can.
-
-    Returns:
-        all figures, and a table of medians.
-    """
-    size = int(gigabytes * 1e9)
+    size = int(args.gigabytes * 1e9)
     lines = write_play(1337, min(10**7, size // 4))[0].splitlines(keepends=True)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.dict(os.environ, GPT_LIGHTNING_CACHE=str(Path(folder, "cache"))),
-    ):
+    with tempfile.TemporaryDirectory() as folder:
+        cache = str(Path(folder, "cache"))
         small, big, mixed = (Path(folder, name) for name in ("small.txt", "big.txt", "mixed.txt"))
         small.write_text("".join(lines)[: 10**6])
-        repeat(big, lines, size)
-        repeat(mixed, [translated(line, i % 3) for i, line in enumerate(lines)], size)
-        found = {"ascii": prepare(big), "again": prepare(big), "mixed": prepare(mixed)}
-        print(found, flush=True)
+        write_text(big, lines, size)
+        write_text(mixed, [other_alphabets(line, i) for i, line in enumerate(lines)], size)
+        prepared = [prepare(path, cache) for path in (big, mixed, big)]
+        print(prepared, flush=True)
         mixed.unlink()
-        for epoch in range(2):
-            found["windows"] = prove_order(found["ascii"]["tokens"], 128, epoch)
-        flags = [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+        flags = [f"--trainer.max_steps={args.steps}", f"--trainer.val_check_interval={args.steps}"]
         flags += ["--data.max_val_tokens=4097", "--sample.every_n_steps=0"]
         runs: dict[str, list[dict]] = {"small": [], "big": []}
-        for turn in range(rounds + 1):  # the first is not counted
-            for name in ("small", "big") if turn % 2 else ("big", "small"):
-                path = Path(folder, f"{name}.txt")
-                run = ours.fit(None, *flags, f"--data.corpus={path}")
-                if turn:
-                    runs[name].append(run)
-    ms = {name: [run["training"] / run["steps"] * 1e3 for run in runs[name]] for name in runs}
-    share = statistics.median(b / a for a, b in zip(ms["small"], ms["big"], strict=True))
-    memory = {name: statistics.median(run["memory"] for run in runs[name]) for name in runs}
-    rates = {
-        name: f"{found[name]['mb_per_second']:,.0f} MB/s" for name in ("ascii", "again", "mixed")
-    }
-    most = max(found[name]["memory"] for name in ("ascii", "mixed"))
+        with patch.dict(ENVIRONMENT, GPT_LIGHTNING_CACHE=cache):
+            for turn in range(args.rounds + 1):  # the first one does not count
+                for path in (small, big):
+                    run = fit(*flags, f"--data.corpus={path}")
+                    if turn > 0:
+                        run["ms"] = run["training"] / run["steps"] * 1e3
+                        runs[path.stem].append(run)
+    return summarise(args, prepared, runs)
+
+
+def summarise(args, prepared: list[dict], runs: dict[str, list[dict]]) -> tuple[dict, str]:
+    first, mixed, again = prepared
+    gb, on_small, on_big = f"{args.gigabytes:g} GB", runs["small"], runs["big"]
+    pairs = zip(on_small, on_big, strict=True)
+    ratio = statistics.median(b["ms"] / a["ms"] for a, b in pairs)
+    memory = max(first["memory"], mixed["memory"])
     rows = [
-        [f"preparing {gigabytes:g} GB of ASCII", rates["ascii"]],
-        ["the same in several alphabets", rates["mixed"]],
-        ["finding it prepared", rates["again"]],
-        ["peak memory of preparing, above the imports'", f"{most:,.0f} MB"],
-        ["windows of an epoch, each met once", f"{found['windows']:,}"],
-        ["a step on 1 MB", f"{statistics.median(ms['small']):.2f} ms"],
-        [f"a step on {gigabytes:g} GB", f"{statistics.median(ms['big']):.2f} ms"],
-        ["of the small text's", f"{share:.3f}"],
-        ["peak memory of training on 1 MB", f"{memory['small']:,.0f} MB"],
-        [f"on {gigabytes:g} GB, mapped pages included", f"{memory['big']:,.0f} MB"],
+        [f"preparing {gb} of ASCII", f"{first['mb_per_second']:,.0f} MB/s"],
+        [f"preparing {gb} in several alphabets", f"{mixed['mb_per_second']:,.0f} MB/s"],
+        ["finding it prepared", f"{again['mb_per_second']:,.0f} MB/s"],
+        ["peak memory of preparing, above the imports", f"{memory:,.0f} MB"],
+        ["a step on 1 MB", f"{median(on_small, 'ms'):.2f} ms"],
+        [f"a step on {gb}", f"{median(on_big, 'ms'):.2f} ms"],
+        ["median ratio of the steps", f"{ratio:.3f}"],
+        ["peak memory of training on 1 MB", f"{median(on_small, 'memory'):,.0f} MB"],
+        [f"on {gb}, mapped pages included", f"{median(on_big, 'memory'):,.0f} MB"],
     ]
-    figures = {"gigabytes": gigabytes, "steps": steps, "preparation": found, "runs": runs}
-    return figures, table(["", ""], rows)
+    figures = {"gigabytes": args.gigabytes, "steps": args.steps}
+    figures["preparing ASCII, several alphabets, again"] = columns(prepared)
+    return {**figures, **{name: columns(r) for name, r in runs.items()}}, markdown(["", ""], rows)

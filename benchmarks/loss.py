@@ -1,45 +1,50 @@
-"""Loss and time of a config, beside nanoGPT's CPU recipe on the same text."""
+"""Validation loss and time of a config, and of nanoGPT's CPU recipe on the same text."""
 
 import statistics
-import tempfile
 from pathlib import Path
 
-from benchmarks import ours
+from benchmarks.common import columns, fit, markdown, median
 from benchmarks.nanogpt import NanoGPT
-from benchmarks.report import spread, table
 
 
-def measure(checkout: Path, config: Path, seeds: list[int], rounds: int, flags: list[str]):
-    """Train `config` with each seed and nanoGPT's recipe `rounds` times, taking turns.
+def add_arguments(parser):
+    parser.add_argument("--config", required=True, help="one of ours, such as cpu/seconds_15")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2, 3, 4])
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to alternate with")
+    parser.add_argument("--flag", action="append", default=[], help="a further flag of our fit")
 
-    Returns:
-        all figures, and a table of exact validation losses (nats per character, last step), seconds
-        of training alone and of the whole command, and what share of nanoGPT's each is.
-    """
-    mine, theirs = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        peer = NanoGPT(checkout, Path(folder)) if rounds else None
-        for turn in range(max(len(seeds), rounds)):
-            if turn < len(seeds):
-                seed = seeds[turn]
-                given = [f"--seed_everything={seed}", *flags]
-                mine.append({"seed": seed, **ours.fit(config, *given)})
-                print("ours   ", mine[-1], flush=True)
+
+def measure(args) -> tuple[dict, str]:
+    """Losses are exact, of the last step, in nats per character: mean and standard deviation."""
+    # fit runs in another folder
+    config = Path(args.config).resolve() if Path(args.config).is_file() else args.config
+    ours, theirs, rounds = [], [], args.rounds if args.nanogpt else 0
+    with NanoGPT(args.nanogpt) as nanogpt:
+        for turn in range(max(len(args.seeds), rounds)):
+            if turn < len(args.seeds):
+                seed = args.seeds[turn]
+                run = fit(f"--config={config}", f"--seed_everything={seed}", *args.flag)
+                ours.append({"seed": seed, **run})
+                print("ours   ", ours[-1], flush=True)
             if turn < rounds:
-                theirs.append({"seed": 1337 + turn, **peer.train(seed=1337 + turn)})
+                theirs.append({"seed": 1337 + turn, **nanogpt.train(seed=1337 + turn)})
                 print("nanoGPT", theirs[-1], flush=True)
-    rows = [line(f"`{config.stem}`", mine, theirs)]
+    rows = [row(f"`{Path(args.config).stem}`", ours, theirs)]
+    figures = {"config": args.config, "ours": columns(ours)}
     if theirs:
-        rows.append(line("nanoGPT's CPU recipe", theirs, theirs))
+        rows.append(row("nanoGPT's CPU recipe", theirs, theirs))
+        figures["nanogpt"] = columns(theirs)
     header = ["", "loss", "runs", "training", "share", "whole command", "share"]
-    return {"config": str(config), "ours": mine, "nanogpt": theirs}, table(header, rows)
+    return figures, markdown(header, rows)
 
 
-def line(name: str, runs: list[dict], peers: list[dict]) -> list[str]:
-    """Mean and spread of the losses, medians of the seconds, each beside the peers' median."""
-    cells = [name, spread([run["loss"] for run in runs], 4), str(len(runs))]
+def row(name: str, runs: list[dict], peers: list[dict]) -> list[str]:
+    """Mean loss, and median seconds with their share of the peers' median."""
+    losses = [run["loss"] for run in runs]
+    deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    cells = [name, f"{statistics.mean(losses):.4f}{deviation}", str(len(runs))]
     for kind in ("training", "command"):
-        seconds = statistics.median(run[kind] for run in runs)
-        share = seconds / statistics.median(run[kind] for run in peers) if peers else None
-        cells += [f"{seconds:.1f} s", f"1/{1 / share:.1f}" if share else ""]
+        seconds = median(runs, kind)
+        share = f"1/{median(peers, kind) / seconds:.1f}" if peers else ""
+        cells += [f"{seconds:.1f} s", share]
     return cells

@@ -1,11 +1,8 @@
-"""How time and memory grow with width, depth, context and text."""
+"""Training speed and memory against width, depth, context and length of the text."""
 
-import statistics
+from benchmarks.common import columns, fit, markdown, median
 
-from benchmarks import ours
-from benchmarks.report import table
-
-# 2048 characters a step in each, so that only what is named differs
+# each step has 2048 characters, so that only what is named differs
 VARIANTS = {
     "4 layers x 128, context 128, 1 MB": [],
     "width 256": ["--model.n_embd=256"],
@@ -18,33 +15,26 @@ VARIANTS = {
 }
 
 
-def measure(rounds: int, steps: int):
-    """Each variant of a bare `fit` in turn, `rounds` times, `steps` steps each.
+def add_arguments(parser):
+    parser.add_argument("--steps", type=int, default=40)
 
-    The first turn prepares the texts; it is not counted.
 
-    Returns:
-        all figures, and a table of medians: characters a second in training and the process's peak
-        memory, each beside the first row's.
-    """
-    few = [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+def measure(args) -> tuple[dict, str]:
+    """Variants of a bare `fit` in turn. The first turn prepares the texts and does not count."""
+    few = [f"--trainer.max_steps={args.steps}", f"--trainer.val_check_interval={args.steps}"]
     few += ["--sample.every_n_steps=0", "--trainer.limit_val_batches=2"]
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
-    for turn in range(rounds + 1):
+    for turn in range(args.rounds + 1):
         for name, flags in VARIANTS.items():
-            found = ours.fit(None, *few, *flags)
-            if turn:
-                runs[name].append(found)
-    medians = {
-        name: [
-            statistics.median(run[kind] for run in those) for kind in ("chars_per_second", "memory")
-        ]
-        for name, those in runs.items()
-    }
-    base = next(iter(medians.values()))
-    rows = [
-        [name, f"{speed:,.0f}", f"{speed / base[0]:.2f}", f"{mb:,.0f} MB", f"{mb / base[1]:.2f}"]
-        for name, (speed, mb) in medians.items()
-    ]
-    header = ["", "characters a second", "share", "peak memory", "share"]
-    return {"steps": steps, "runs": runs}, table(header, rows)
+            run = fit(*few, *flags)
+            if turn > 0:
+                runs[name].append({kind: run[kind] for kind in ("chars_per_second", "memory")})
+    first = next(iter(runs.values()))
+    base_speed, base_memory = median(first, "chars_per_second"), median(first, "memory")
+    rows = []
+    for name, these in runs.items():
+        speed, memory = median(these, "chars_per_second"), median(these, "memory")
+        rows.append([name, f"{speed:,.0f}", f"{speed / base_speed:.2f}"])
+        rows[-1] += [f"{memory:,.0f} MB", f"{memory / base_memory:.2f}"]
+    table = markdown(["", "characters a second", "share", "peak memory", "share"], rows)
+    return {"steps": args.steps, **{name: columns(these) for name, these in runs.items()}}, table

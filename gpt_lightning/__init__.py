@@ -1,29 +1,43 @@
-"""A character-level GPT on PyTorch Lightning. The rooms, in the order that data flows through:
+"""A character-level GPT on PyTorch Lightning.
 
-data/           a text becomes tokens, windows and batches
-model/          ids (B, T) become logits (B, T, V)
-training/       logits become a loss, a step, a checkpoint
-checkpoint.py   the file that training leaves and generation reads
-generation/     a checkpoint and a prompt become text
-cli.py          the front door; nothing imports it
-
-What a script needs is at hand here: `TextDataModule`, `GPTModule`, `Writer`.
+Text enters through `data`, becomes logits in `model`, is learned in `training` and comes back as
+text from `generation`. The names below are the public ones.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "TextDataModule": "gpt_lightning.data.datamodule",
-    "GPTModule": "gpt_lightning.training.lightning_module",
-    "Writer": "gpt_lightning.generation.writer",
+if TYPE_CHECKING:
+    from gpt_lightning.checkpoint import load_model as load_model
+    from gpt_lightning.data.datamodule import TextDataModule as TextDataModule
+    from gpt_lightning.errors import UserError as UserError
+    from gpt_lightning.generation.generator import TextGenerator as TextGenerator
+    from gpt_lightning.generation.sampling import Sampling as Sampling
+    from gpt_lightning.model import BigramConfig as BigramConfig
+    from gpt_lightning.model import GPTConfig as GPTConfig
+    from gpt_lightning.model import LectureConfig as LectureConfig
+    from gpt_lightning.training.module import GPTModule as GPTModule
+    from gpt_lightning.training.optim import OptimizerConfig as OptimizerConfig
+
+_MODULES = {
+    "TextDataModule": "data.datamodule",
+    "GPTModule": "training.module",
+    "GPTConfig": "model",
+    "LectureConfig": "model",
+    "BigramConfig": "model",
+    "OptimizerConfig": "training.optim",
+    "TextGenerator": "generation.generator",
+    "Sampling": "generation.sampling",
+    "load_model": "checkpoint",
+    "UserError": "errors",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
-def __getattr__(name: str):
-    # Imported on first use: `generate` must not wait for Lightning.
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `generate` does not wait for Lightning.
+    if name in _MODULES:
+        return getattr(import_module(f"gpt_lightning.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,214 +1,301 @@
-"""The file between training and generation: what it holds, how to find and to read it.
+"""Find, read and describe checkpoints, without importing Lightning.
 
-A checkpoint is Lightning's own, so that any Trainer resumes from it, with one more entry, `KEY`,
-that makes it self-contained: architecture, tokenizer and corpus as plain types. Nothing here
-imports Lightning: `generate` must start fast, and run where only torch is.
+A checkpoint is Lightning's own file, so that any Trainer resumes from it. One more entry, `KEY`,
+makes it self-contained: model, tokenizer, corpus and settings as plain types.
 """
 
 import contextlib
+import importlib.util
+import inspect
+import io
 import os
-import pickle
+import pickletools
+import re
 import shlex
 import sys
-from dataclasses import asdict
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import nn
 
-from gpt_lightning.model import build_config
-from gpt_lightning.untrusted import (
-    PICKLE,
-    Foreign,
-    Tensor,
-    Torn,
-    misfit,
-    read_archive,
-    read_pickle,
-)
+from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
+from gpt_lightning.errors import UserError
+from gpt_lightning.model import ModelConfig, build_model, config_from_dict, config_to_dict
 
 KEY = "gpt_lightning"
 FORMAT = 1  # of the entry under KEY
-SCALAR = (int, float, str, bool, type(None))
-HOLDS = {  # see `misfit`; without a Trainer's part a checkpoint still writes text
-    "state_dict": {str: Tensor},
-    KEY: {
-        "model": {str: SCALAR},
-        "tokenizer": {"kind": str, "vocabulary?": str},
-        "corpus": {"name": str, "sha256": str, "split": str, "val_fraction": float},
-        "config?": (str, type(None)),
-    },
-    "global_step?": int,
-    "epoch?": int,
-    "pytorch-lightning_version?": str,
-    "loops?": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}},
-    "callbacks?": {"BestAndLast?": {"best_val_loss": float, "best_step": int}},
-    "optimizer_states?": [
-        {"state": {int: {str: (*SCALAR, Tensor)}}, "param_groups": [{"params": [int]}]}
-    ],
-    "lr_schedulers?": [dict],
-}
 LOGS = "lightning_logs"
-HOW = "python -m gpt_lightning"
+COMMAND = "python -m gpt_lightning"
+
+MAX_PICKLE = 4 << 20  # bytes: vocabulary, settings and some 150 for each tensor
+GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
+OTHER_GLOBALS = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # opcodes torch.save never writes
+TYPES: dict[tuple[str, ...], type | tuple[type, ...]] = {
+    ("state_dict",): dict,
+    (KEY, "model"): dict,
+    (KEY, "tokenizer"): dict,
+    (KEY, "corpus", "name"): str,
+    (KEY, "corpus", "sha256"): str,
+    (KEY, "corpus", "split"): str,
+    (KEY, "corpus", "val_fraction"): float,
+    (KEY, "settings"): (dict, type(None)),
+}
+TRAINER_TYPES = {  # what a Trainer adds; generation needs none of it
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
-def go_on_with(path: Path) -> str:
-    """The command, to be typed, that goes on from this checkpoint."""
-    return f"{HOW} fit --ckpt_path={shlex.quote(str(path))}"
+class DamagedCheckpoint(UserError):
+    """A file that was cut short or changed, or that holds more than plain values and tensors."""
 
 
-class Damaged(ValueError):
-    """A checkpoint that is torn, cut short or changed, and so not as it was written."""
-
-
-def describe(
-    model: dict[str, Any], tokenizer: dict[str, Any], corpus: dict[str, Any]
-) -> dict[str, Any]:
-    """The entry under KEY, plain types only.
-
-    Args:
-        model: settings that `build_model` takes.
-        tokenizer: its state.
-        corpus: name, sha256, and how it was split: split, val_fraction.
-    """
-    return {"format": FORMAT, "model": model, "tokenizer": tokenizer, "corpus": corpus}
-
-
-def model_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint's model, from its entry under KEY; once n-grams were pairs."""
-    model = entry["model"]
-    return {"n_gram": 2, **model} if model.get("name") == "gpt" else model
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint to the CPU, without running any code that it may hold.
+    """Load a checkpoint to the CPU.
 
-    The file may be a stranger's: it is looked through first (`untrusted`), and what it says of
-    itself has the types that it should have.
+    The file may come from anyone: no code in it runs, but a hostile file can cost time and memory.
 
     Raises:
-        Damaged: in one line, if it is torn, or no archive of torch's at all.
-        ValueError: in one line, if there is no file, or it is foreign, or of a later format.
+        DamagedCheckpoint: if the file cannot be read.
+        UserError: if there is no such file, or another program or version wrote it.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--ckpt_path={path}: no such file")
+        raise _unusable(path, "no such file")
     try:
-        with path.open("rb") as file:
-            entries = read_archive(file)
-            offset, size = entries.get("data.pkl", (0, PICKLE + 1))
-            if size > PICKLE:
-                raise Foreign("it has no pickle, or a larger one than ours ever have")
-            file.seek(offset)
-            found = read_pickle(file.read(size), {name: n for name, (_, n) in entries.items()})
-            _refuse_malformed(found, path)
-            file.seek(0)
-            return _load(file)
-    except (Torn, OSError) as error:
-        raise Damaged(
-            f"--ckpt_path={path} cannot be read: torn, or no checkpoint at all ({error})"
+        size = path.stat().st_size
+        pickled, archive = _verify_archive(path, size)
+        _check_pickle(pickled)
+        checkpoint = torch.load(archive, map_location="cpu", weights_only=True)
+        _check_plain(checkpoint, size)
+    except Exception as error:  # zipfile and torch raise a dozen types for damaged or hostile files
+        stated = isinstance(error, _NotPlain | zipfile.BadZipFile | OSError)
+        reason = error if stated else type(error).__name__
+        raise DamagedCheckpoint(
+            f"ckpt_path={path}: damaged, or not a checkpoint of plain tensors ({reason}); "
+            "no code in it was run",
+            field="ckpt_path",
         ) from error
-    except (Foreign, MemoryError) as error:
-        raise ValueError(
-            f"--ckpt_path={path} is no checkpoint of plain tensors (nothing in it was run; "
-            f"{error or 'out of memory'})"
-        ) from error
+    if wrong := _wrong_entry(checkpoint):
+        raise _unusable(path, f"not a checkpoint of this version of gpt_lightning ({wrong})")
+    return checkpoint
 
 
-def _load(file: BinaryIO) -> dict[str, Any]:
-    """torch's reading of a file in which we found nothing wrong; it may still find something."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise Foreign("torch refuses it") from error
-    except Exception as error:  # half a dozen kinds, for an archive
-        raise Torn(f"torch says {type(error).__name__}") from error
+def _unusable(path: str | Path, problem: str) -> UserError:
+    return UserError(f"ckpt_path={path}: {problem}", field="ckpt_path")
 
 
-def _refuse_malformed(checkpoint: Any, path: Path) -> None:
-    """Raise a ValueError if what a checkpoint holds is not what we write."""
+class _NotPlain(Exception):
+    """A pickle has more in it than plain values and tensors."""
+
+
+def _verify_archive(path: Path, size: int) -> tuple[bytes, io.BytesIO]:
+    """The pickle, and all entries rewritten in memory: what was checked is what torch reads.
+
+    torch's own reader checks no checksums, and it may see other entries than Python's.
+    """
+    copy, pickled = io.BytesIO(), None
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as verified:
+        entries = archive.infolist()
+        folder = entries[0].filename.partition("/")[0] if entries else ""
+        stored = all(
+            entry.compress_type == zipfile.ZIP_STORED
+            and entry.compress_size == entry.file_size
+            and not entry.flag_bits & 1  # encrypted
+            and not entry.filename.endswith("/")
+            and entry.filename.startswith(f"{folder}/")
+            for entry in entries
+        )
+        # torch finds entries without regard to case
+        distinct = len({entry.filename.lower() for entry in entries}) == len(entries)
+        if not stored or not distinct or sum(entry.file_size for entry in entries) > size:
+            raise zipfile.BadZipFile("its entries are not as torch.save writes them")
+        for entry in entries:
+            data = archive.read(entry)  # raises BadZipFile for a wrong checksum
+            verified.writestr(entry.filename, data)
+            if entry.filename == f"{folder}/data.pkl":
+                pickled = data
+    if pickled is None:
+        raise zipfile.BadZipFile("it has no data.pkl")
+    copy.seek(0)
+    return pickled, copy
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise if a pickle is too long, or names anything but OrderedDict and tensors."""
+    if len(data) > MAX_PICKLE:
+        raise _NotPlain(f"data.pkl has more than {MAX_PICKLE:,} bytes")
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(argument):
+            raise _NotPlain(f"it names {argument[:60]!r}")
+        if opcode.name in OTHER_GLOBALS:
+            raise _NotPlain(f"it has the opcode {opcode.name}")
+
+
+def _check_plain(checkpoint: Any, size: int) -> None:
+    """Raise unless all values are plain, and the tensors' bytes no more than the file's size."""
+    seen, todo = set(), [checkpoint]
+    while todo:
+        value = todo.pop()
+        if type(value) is torch.Tensor:
+            if value.device.type != "cpu" or value.layout != torch.strided or value.requires_grad:
+                raise _NotPlain("it has a tensor that is not a plain one")
+            if id(value) not in seen:
+                size -= value.nbytes  # of an expanded tensor all elements
+                seen.add(id(value))
+            if size < 0:
+                raise _NotPlain("its tensors are larger than the file")
+        elif type(value) in (dict, OrderedDict, list, tuple):
+            if id(value) not in seen:
+                seen.add(id(value))
+                todo += [*value, *value.values()] if isinstance(value, dict) else value
+                if type(value) is OrderedDict:
+                    vars(value).clear()  # versions of modules, or anything else
+        elif type(value) not in (int, float, str, bool, type(None)):
+            raise _NotPlain(f"it has a value of type {type(value).__name__}")
+
+
+def _wrong_entry(checkpoint: Any) -> str | None:
+    """The first entry that is missing or of a wrong type, if any."""
     entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(entry, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"--ckpt_path={path} was not written by gpt_lightning")
+    if not isinstance(entry, dict):
+        return f"no entry {KEY}"
     if entry.get("format") != FORMAT:
-        raise ValueError(
-            f"--ckpt_path={path} has format {str(entry.get('format'))[:20]}, this version reads "
-            f"{FORMAT}: use the gpt_lightning that wrote it"
-        )
-    if found := misfit(checkpoint, HOLDS):
-        raise ValueError(
-            f"--ckpt_path={path} was not written by gpt_lightning: {found[1:][:60]!r} is not what "
-            "it should be"
-        )
+        return f"format {str(entry.get('format'))[:20]!r} in place of {FORMAT}"
+    for keys, kind in TYPES.items():
+        value: Any = checkpoint
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            return f"wrong entry {'.'.join(keys)}"
+    for key, kind in TRAINER_TYPES.items():
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            return f"wrong entry {key}"
+    for name, weight in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+            return "wrong entry state_dict"
+    return None
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of a checkpoint, in eval mode: token ids (B, T) in, logits (B, T, V) out.
+
+    Raises:
+        UserError: if the checkpoint cannot be used; see `read_checkpoint`.
+    """
+    model, _ = model_and_tokenizer(read_checkpoint(path), path)
+    return model.to(device)
+
+
+def model_and_tokenizer(
+    checkpoint: dict[str, Any], path: str | Path, unknown: str = "error"
+) -> tuple[nn.Module, Tokenizer]:
+    """Model (on the CPU, in eval mode) and tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        path: its file, for messages.
+        unknown: what the tokenizer does with a character that it does not know: `error`, `drop`
+            or `replace`.
+
+    Raises:
+        UserError: if model, tokenizer and weights do not fit together.
+    """
+    entry = checkpoint[KEY]
+    weights = {
+        name.removeprefix("net."): weight
+        for name, weight in checkpoint["state_dict"].items()
+        if name.startswith("net.")
+    }
+    try:
+        vocab_size = tokenizer_from_state(entry["tokenizer"]).vocab_size
+        model = build_model(config_from_dict(entry["model"]))
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise _unusable(path, "the model's settings do not fit its weights") from error
+    if vocab_size != entry["model"]["vocab_size"]:
+        raise _unusable(path, "the tokenizer and the model have different vocabularies")
+    return model.eval(), tokenizer_from_state(entry["tokenizer"], unknown)
+
+
+# --- finding --------------------------------------------------------------------------------------
 
 
 def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
-    """The file meant by `--ckpt_path`.
+    """The file that `ckpt_path` means.
 
     Args:
-        which: `last` or `best` of the newest run below `root`, a run's folder (its best), or a
-            file.
-        root: the folder that holds `lightning_logs` (--trainer.default_root_dir).
+        which: `last` or `best` of the newest run below `root`, a run's folder (its best
+            checkpoint), or a file.
+        root: the folder that holds `lightning_logs`.
 
     Raises:
-        ValueError: in one line, if there is none.
+        UserError: if there is none.
     """
-    if not str(which):  # an unset variable of a shell script
-        raise ValueError("--ckpt_path is empty; give last, best or a file")
-    if which not in ("last", "best"):
-        path = Path(os.path.expanduser(which))  # leaves ~ of an unknown user as it is
-        if path.is_dir():
-            folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-            for name in ("best", "last"):
-                if (folder / f"{name}.ckpt").is_file():
-                    return folder / f"{name}.ckpt"
-            raise ValueError(f"--ckpt_path={which}: this folder holds no best.ckpt or last.ckpt")
+    if which in ("last", "best"):
+        run = newest_run(root)
+        if run is None:
+            folder = Path(root) / LOGS
+            raise _unusable(
+                which, f"no run with a checkpoint in {folder}; train one with: {COMMAND} fit"
+            )
+        path = run / "checkpoints" / f"{which}.ckpt"
         if not path.is_file():
-            raise ValueError(f"--ckpt_path={which}: no such file; give last, best or a file")
+            other = "last" if which == "best" else "best"
+            raise _unusable(which, f"{run} has only {other}.ckpt so far")
         return path
-    folder = newest_run(root)
-    if folder is None:
-        raise ValueError(
-            f"--ckpt_path={which}: no run with a checkpoint in {Path(root) / LOGS}; "
-            f"train one with: {HOW} fit"
-        )
-    path = folder / "checkpoints" / f"{which}.ckpt"
-    if not path.is_file():
-        other = "last" if which == "best" else "best"
-        raise ValueError(f"--ckpt_path={which}: {folder} has only {other}.ckpt so far")
-    return path
+    path = Path(os.path.expanduser(which))
+    if path.is_file():
+        return path
+    if not str(which) or not path.is_dir():  # an unset shell variable makes it empty
+        raise _unusable(which, "no such file; give last, best, a file or a run's folder")
+    for folder in (path / "checkpoints", path):
+        for name in ("best.ckpt", "last.ckpt"):
+            if (folder / name).is_file():
+                return folder / name
+    raise _unusable(which, "this folder has no best.ckpt or last.ckpt")
 
 
-def read_whole(which: str | Path, root: str | Path = ".") -> tuple[Path, dict[str, Any]]:
-    """Find and read a checkpoint; for a damaged `last` or `best` the newest whole one beside it.
+def read_newest_intact(which: str | Path, root: str | Path = ".") -> tuple[Path, dict[str, Any]]:
+    """Find and read a checkpoint; if `last` or `best` is damaged, the newest intact one beside it.
 
     Args:
-        which, root: as `find_checkpoint` takes them.
+        which, root: see `find_checkpoint`.
 
     Returns:
-        the file that was read, and what is in it. That it is another one is told on stderr.
+        the file that was read, and its content. If it is another one, stderr says so.
 
     Raises:
-        ValueError: in one line, if there is none, or it cannot be used. A damaged file that was
-            asked for by its path is not replaced, only the other one named.
+        UserError: if there is none. For a damaged file given by its path the message names the
+            newest intact one.
     """
     path = find_checkpoint(which, root)
     try:
         return path, read_checkpoint(path)
-    except Damaged as damaged:
-        whole = []
+    except DamagedCheckpoint as damaged:
+        intact = []
         for other in path.parent.glob("*.ckpt"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(UserError):
                 checkpoint = read_checkpoint(other)
-                whole.append((checkpoint.get("global_step", 0), other, checkpoint))
-        if not whole:
+                intact.append((checkpoint.get("global_step", 0), other, checkpoint))
+        if not intact:
             raise
-        step, other, checkpoint = max(whole, key=lambda found: found[0])
+        step, other, checkpoint = max(intact, key=lambda found: found[0])
         if Path(os.path.expanduser(which)) == path:
-            raise Damaged(f"{damaged}; {other} is whole (step {step:,})") from damaged
-        print(f"{damaged}; taking {other} (step {step:,})", file=sys.stderr)
+            raise DamagedCheckpoint(
+                f"{damaged}; {other} is intact (step {step:,})", field="ckpt_path"
+            ) from damaged
+        print(f"{damaged}; using {other} (step {step:,})", file=sys.stderr)
         return other, checkpoint
 
 
@@ -216,65 +303,170 @@ def newest_run(root: str | Path = ".") -> Path | None:
     """The folder of the run below `root` whose checkpoint was written last, if any."""
     files = [
         (path.stat().st_mtime_ns, path)
-        for pattern in (f"{LOGS}/*/checkpoints/*.ckpt", "checkpoints/*.ckpt")
-        for path in Path(root).glob(pattern)
-        if path.name in ("last.ckpt", "best.ckpt")
+        for folder in (f"{LOGS}/*/checkpoints", "checkpoints")
+        for name in ("last.ckpt", "best.ckpt")
+        for path in Path(root).glob(f"{folder}/{name}")
     ]
     return max(files)[1].parent.parent if files else None
 
 
 def run_folder(path: Path) -> Path | None:
-    """The run that a checkpoint lies in, or None for a file that was copied elsewhere."""
+    """The run that a checkpoint belongs to, or None for a file that was copied elsewhere."""
     folder = path.parent if path.parent.name else path.resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
-def refuse_mismatch(
-    entry: dict[str, Any], ours: dict[str, Any], path: str | Path, corpus: bool = True
+def shell_command(command: str, *flags: str) -> str:
+    """A command of ours to copy into the shell, quoted for it."""
+    if os.name == "nt":
+        quoted = [f'"{flag}"' if re.search(r"[^\w.,:=/\\-]", flag) else flag for flag in flags]
+    else:
+        quoted = [shlex.quote(flag) for flag in flags]
+    return " ".join([COMMAND, command, *quoted])
+
+
+def resume_command(path: str | Path, *flags: str) -> str:
+    """The shell command that resumes from this checkpoint."""
+    return shell_command("fit", f"--ckpt_path={path}", *flags)
+
+
+# --- describing -----------------------------------------------------------------------------------
+
+
+def describe(
+    config: ModelConfig,
+    tokenizer_state: dict[str, Any],
+    corpus: dict[str, Any],
+    settings: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The entry under `KEY`, in plain types.
+
+    Args:
+        config: the model's.
+        tokenizer_state: from `tokenizer.state()`.
+        corpus: `name`, `sha256`, `split` and `val_fraction`.
+        settings: all settings of the run by section, if it was started by the command line.
+    """
+    return {
+        "format": FORMAT,
+        "model": config_to_dict(config),
+        "tokenizer": tokenizer_state,
+        "corpus": corpus,
+        "settings": settings,
+    }
+
+
+# settings of a model that change neither the shapes nor the meaning of its weights; a vocabulary
+# is compared as a whole
+FREE = ("vocab_size", "dropout", "init_std", "fused")
+
+
+def check_compatible(
+    entry: dict[str, Any], ours: dict[str, Any], path: str | Path, same_corpus: bool
 ) -> None:
-    """Raise a ValueError if weights described by `entry` cannot go on as the run `ours`.
+    """Raise a UserError if the weights described by `entry` cannot be used for the run `ours`.
 
     Args:
         entry: the checkpoint's description.
-        ours: the same, of the model and data at hand.
-        path: the checkpoint's, for the message.
-        corpus: whether the text has to be the same too (to train on, not to validate).
+        ours: the description of the model and the data at hand.
+        path: the checkpoint's file, for messages.
+        same_corpus: whether text and split have to be the same too: to train, not to validate.
     """
-    model = model_of(entry)
-    # a checkpoint from before a setting existed was trained with its default
-    try:
-        stored = asdict(build_config(**model)) | {"name": model["name"]}
-    except TypeError as error:
-        raise ValueError(
-            f"--ckpt_path={path} has settings of the model that this version does not know: use "
-            "the gpt_lightning that wrote it"
-        ) from error
+    theirs, mine = entry["model"], ours["model"]
     # another model has other settings altogether, so its name comes first
-    for name in sorted(stored.keys() | ours["model"].keys(), key=lambda n: (n != "name", n)):
-        theirs, mine = stored.get(name), ours["model"].get(name)
-        # what does not change the weights' shapes or meaning may differ
-        if theirs != mine and name not in ("vocab_size", "dropout", "init_std", "fused"):
-            flag = "--data.block_size" if name == "block_size" else f"--model.{name}"
-            raise ValueError(
-                f"{flag}={mine} does not fit --ckpt_path={path}, whose model has {name}={theirs}; "
-                "leave the flag away, or train anew without --ckpt_path"
+    for name in sorted(theirs.keys() | mine.keys(), key=lambda name: (name != "name", name)):
+        if name not in FREE and theirs.get(name) != mine.get(name):
+            raise UserError(
+                f"{name}={mine.get(name)} does not fit ckpt_path={path}, whose model has "
+                f"{name}={theirs.get(name)}; drop the setting, or train anew without ckpt_path",
+                field=name,
             )
-    if corpus and entry["corpus"]["sha256"] != ours["corpus"]["sha256"]:
-        raise ValueError(
-            f"--data.corpus={ours['corpus']['name']} is not the text that --ckpt_path={path} was "
-            f"trained on ({entry['corpus']['name']}), or that text has changed since; "
-            "train anew without --ckpt_path"
+    theirs, mine = entry["corpus"], ours["corpus"]
+    if same_corpus and theirs["sha256"] != mine["sha256"]:
+        raise UserError(
+            f"corpus={mine['name']} is not the text that ckpt_path={path} was trained on "
+            f"({theirs['name']}), or that text has changed; train anew without ckpt_path",
+            field="corpus",
         )
     for name in ("split", "val_fraction"):
-        theirs, mine = entry["corpus"][name], ours["corpus"][name]
-        if corpus and theirs != mine:
-            raise ValueError(
-                f"--data.{name}={mine} would train on text that --ckpt_path={path} held out with "
-                f"{name}={theirs}; leave the flag away, or train anew without --ckpt_path"
+        if same_corpus and theirs[name] != mine[name]:
+            raise UserError(
+                f"{name}={mine[name]} would train on text that ckpt_path={path} held out with "
+                f"{name}={theirs[name]}; drop the setting, or train anew without ckpt_path",
+                field=name,
             )
     if entry["tokenizer"] != ours["tokenizer"]:
-        raise ValueError(
-            f"the vocabulary of this text ({ours['tokenizer']['kind']}, "
-            f"{ours['model']['vocab_size']} tokens) is not that of --ckpt_path={path} "
-            f"({entry['tokenizer']['kind']}, {entry['model']['vocab_size']} tokens)"
+        raise UserError(
+            f"ckpt_path={path} has another vocabulary ({entry['tokenizer'].get('kind')}, "
+            f"{entry['model'].get('vocab_size')} tokens) than this text "
+            f"({ours['tokenizer']['kind']}, {ours['model']['vocab_size']} tokens)",
+            field="ckpt_path",
         )
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+SECTIONS = ("data", "model", "trainer", "sample", "checkpoint")
+
+
+def trusted_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The settings of a checkpoint that may be restored.
+
+    They are not the user's command. So classes for the Trainer must be Lightning's own, no setting
+    may name other code, and the folder for new runs is not restored.
+
+    Args:
+        settings: by section, as `describe` stores them.
+        given: names of the Trainer's settings that the user gave; these are not restored.
+
+    Raises:
+        UserError: if a setting names code, or the settings are malformed.
+    """
+    restored = {name: settings.get(name, {}) for name in SECTIONS}
+    if not all(isinstance(section, dict) for section in restored.values()):
+        raise UserError("the checkpoint's settings are malformed")
+    if isinstance(settings.get("seed_everything"), int):
+        restored["seed_everything"] = settings["seed_everything"]
+    restored["trainer"] = {
+        key: value
+        for key, value in restored["trainer"].items()
+        if key not in given and key != "default_root_dir"
+    }
+    for key, value in restored["trainer"].items():
+        if code := _named_code(value):
+            raise UserError(
+                f"--trainer.{key}=...: the checkpoint's setting names {code[:60]!r}, which is not "
+                f"loaded from a file; give --trainer.{key} again, or a --config that has it"
+            )
+    return restored
+
+
+def _named_code(setting: Any) -> str | None:
+    """The first string in a setting that could make the command line import or read a file."""
+    if isinstance(setting, dict):
+        setting = dict(setting)
+        name = setting.pop("class_path", None)
+        if name is not None and not _is_lightning_class(name):
+            return str(name)
+        setting = [*setting, *setting.values()]
+    if isinstance(setting, list | tuple):
+        return next((code for part in setting if (code := _named_code(part))), None)
+    if not isinstance(setting, str):
+        return None
+    # the command line takes a string for the path of a class, for YAML or for a file with YAML;
+    # within quotes YAML's escapes could hide a name from this search
+    modules = re.findall(r"(?<![\w.])([^\W\d]\w*)\.[^\W\d]", setting)
+    imports = any(name in sys.modules or importlib.util.find_spec(name) for name in modules)
+    reads = '"' in setting or os.path.isfile(os.path.expanduser(setting))
+    return setting if imports or reads else None
+
+
+def _is_lightning_class(name: Any) -> bool:
+    """Whether this is the path of a class in Lightning."""
+    module, _, name = str(name).rpartition(".")
+    if not module.startswith("lightning.pytorch."):
+        return False
+    try:
+        return inspect.isclass(getattr(importlib.import_module(module), name, None))
+    except ImportError:
+        return False

@@ -1,153 +1,95 @@
-"""Config files that hold only what changes: `base: FILE` names the one that they start from.
+"""Find a config file by path or name, and merge it over the config that it is based on.
 
-A chain of files becomes a row of `--config` flags, the oldest first, so that whoever parses them
-merges them as it merges any. A file may be a stranger's: what would take more than a configuration
-does is refused before it is loaded, and a checkpoint brings no code back.
+A config holds only what differs from the defaults. Its line `base: FILE` names another config to
+start from: a path relative to the config's own folder, or the name of a shipped config.
 """
 
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-CHARACTERS = 1 << 20  # of a configuration
-PLAIN = 10_000  # of a value without quotes, which YAML tries as a number
-VALUES, DEPTH = 20_000, 32
-# what a checkpoint may have the Trainer made of
-CLASS = re.compile(
-    r"lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|accelerators)\.[A-Z]\w*"
-)
+from gpt_lightning.errors import UserError, did_you_mean
+
+PACKAGE = Path(__file__).parent
+# A wheel carries the configs inside the package; in a checkout they lie beside it.
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+
+
+def find_config(name: str, base_of: Path | None = None) -> Path:
+    """The file at a path, or the shipped config of that name, such as `lecture/08_residual`.
+
+    Args:
+        base_of: the config that names this one as its base; paths are relative to its folder.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    path = (base_of.parent if base_of else Path()) / Path(name).expanduser()
+    if path.is_file():
+        return path
+    files = CONFIGS.rglob("*.yaml")
+    shipped = {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in files}
+    if found := shipped.get(name.removesuffix(".yaml")):
+        return found
+    setting = f"config={base_of}: base: {name}" if base_of else f"config={name}"
+    raise UserError(
+        f"{setting}: no such file and no shipped config of that name{did_you_mean(name, shipped)}",
+        field="config",
+    )
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The settings of a config file, merged over those of its base, and of the base's base.
+
+    Raises:
+        UserError: for a file that is not a YAML mapping, a base that does not exist, or a base that
+            leads back to itself.
+    """
+    settings: dict[str, Any] = {}
+    visited: set[Path] = set()
+    current = path
+    while current.resolve() not in visited:
+        visited.add(current.resolve())
+        own = read_mapping(current)
+        base = own.pop("base", None)
+        settings = merge(own, settings)
+        if base is None:
+            return settings
+        current = find_config(str(base), base_of=current)
+    raise UserError(f"config={path}: base: {current} leads back to itself", field="config")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict; an empty file gives an empty one."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config={path} cannot be read: {reason}", field="config") from error
+    if not isinstance(settings, dict | None):
+        raise UserError(f"config={path} must contain sections such as `model:`", field="config")
+    return settings or {}
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, section by section; where both have a value, the one of `above`."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = merge(old, value) if both else value
+    return merged
 
 
 def expand_configs(argv: list[str]) -> list[str]:
-    """Put in front of each `--config FILE` the files that it is based on, one after the other.
-
-    Raises:
-        ValueError: in one line, for a base that is not there, or that comes back to itself.
-    """
-    found, rest = [], iter(argv)
+    """The command line with each `--config NAME` replaced by that config's settings as YAML."""
+    expanded: list[str] = []
+    rest = iter(argv)
     for arg in rest:
-        flag, equals, value = arg.partition("=")
-        if flag not in ("-c", "--config"):
-            found.append(arg)
-            continue
-        value = value if equals else next(rest, None)
-        for part in [None] if value is None else chain(value):
-            found += [flag] if part is None else [flag, part]
-    return found
-
-
-def chain(config: str, above: tuple[Path, ...] = ()) -> list[str]:
-    """The configs that `config` (a file) amounts to, the oldest first: files, or YAML as text."""
-    path = Path(os.path.expanduser(config))
-    try:
-        if path.stat().st_size > 4 * CHARACTERS:
-            raise TooMuch(f"more than {CHARACTERS:,} characters")
-        text = path.read_text(encoding="utf-8")
-        settings = load_yaml(text)
-    except TooMuch as error:
-        raise ValueError(f"--config={config} is no configuration: it has {error}") from error
-    except (OSError, ValueError):
-        return [config]  # no file, or not to be read: whoever parses it says so
-    if not isinstance(settings, dict) or "base" not in settings:
-        return [config]
-    base = path.parent / str(settings["base"])
-    if not base.is_file():
-        raise ValueError(f"--config={config}: base: {base}: no such file")
-    if base.resolve() in above:
-        raise ValueError(f"--config={config}: base: {base} is based on this file itself")
-    # cut out as text: what is left is parsed just as the whole file would be
-    rest = re.sub(r"(?m)^base:.*\n?", "", text)
-    return [*chain(str(base), (*above, path.resolve())), rest or "{}"]
-
-
-class TooMuch(ValueError):
-    """A text that would take more time or memory than any configuration does."""
-
-
-def load_yaml(text: str) -> Any:
-    """What YAML text stands for, in plain types.
-
-    Raises:
-        ValueError: in one line, for text that is no YAML; `TooMuch` for text that is too long or
-            too deep, or would be if its aliases were written out (the "billion laughs").
-    """
-    if len(text) > CHARACTERS:
-        raise TooMuch(f"more than {CHARACTERS:,} characters")
-    try:
-        for depth, values in _growth(text):
-            if depth > DEPTH or values > VALUES:
-                raise TooMuch(f"more than {DEPTH} levels or {VALUES:,} values, aliases counted out")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def _growth(text: str) -> Iterator[tuple[int, int]]:
-    """Depth and number of values, aliases counted as what they stand for, along a YAML text."""
-    counts, sizes, anchors = [0], {}, [None]  # of each open collection; of each anchor
-    for event in yaml.parse(text, yaml.SafeLoader):
-        anchor, size = getattr(event, "anchor", None), 1
-        if isinstance(event, yaml.CollectionStartEvent):
-            counts.append(1)
-            anchors.append(anchor)
-            yield len(counts), 0
-            continue
-        if isinstance(event, yaml.ScalarEvent):
-            if event.style is None and len(event.value) > PLAIN:
-                raise TooMuch(f"more than {PLAIN:,} characters in a value without quotes")
-        elif isinstance(event, yaml.AliasEvent):  # of what is still open: a circle
-            anchor, size = None, sizes.get(anchor, VALUES + 1)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = anchors.pop(), counts.pop()
-        else:
-            continue
-        sizes[anchor] = size
-        counts[-1] += size
-        yield len(counts), counts[-1]
-
-
-def stored_settings(text: str, own: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a checkpoint was written with, and may bring back.
-
-    They are no command of the user's. So the folder for new runs is not among them, and classes
-    for the Trainer have to be Lightning's own.
-
-    Args:
-        text: YAML, a mapping of sections.
-        own: the Trainer's settings that the user gave, which win.
-
-    Raises:
-        ValueError: in one line, if they are no settings, or name anything else that would be run.
-    """
-    stored = load_yaml(text) or {}
-    if not isinstance(stored, dict) or not all(isinstance(key, str) for key in stored):
-        raise ValueError("its settings are no mapping")
-    for name in ("data", "model", "trainer", "checkpoint", "sample"):
-        section = stored.get(name, {})
-        if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
-            raise ValueError(f"its settings have no mapping under {name}")
-    trainer = {k: v for k, v in stored.get("trainer", {}).items() if k != "default_root_dir"}
-    for key in trainer.keys() - {k for k, v in own.items() if v is not None}:
-        for value in _strings(trainer[key]):
-            if "." in value and not CLASS.fullmatch(value):
-                raise ValueError(
-                    f"its settings name {value[:60]!r} for trainer.{key}, which is not taken from "
-                    f"a checkpoint: give --trainer.{key} yourself, or a --config that has it"
-                )
-    return {**stored, "trainer": trainer}
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a setting, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for pair in value.items():
-            yield from _strings(list(pair))
-    elif isinstance(value, list | tuple | set):
-        for part in value:
-            yield from _strings(part)
+        flag, equals, name = arg.partition("=")
+        if flag in ("-c", "--config"):
+            settings = load_config(find_config(name if equals else next(rest, "")))
+            arg = "--config=" + yaml.safe_dump(settings, allow_unicode=True)
+        expanded.append(arg)
+    return expanded

@@ -1,390 +1,324 @@
-"""Climb the ladder: `fit` every config of a folder, some seeds each, and compare the losses.
+"""Train every rung of the lecture's ladder with several seeds, and compare the losses.
 
-1. each (rung, seed) is a run of `fit` in a folder of its own: OUT/RUNG/seed_N;
-2. what a run came to is read from its last checkpoint and its TensorBoard log;
-3. the counted bigram, which needs no training, stands below the first rung;
-4. the rows become ladder.md, ladder.csv and ladder.png.
+1. Each (rung, seed) is a run of `fit` in its own folder, OUT/RUNG/seed_N.
+2. The results of a run are read from its last checkpoint and its TensorBoard log.
+3. A bigram model made by counting, which needs no training, is added below the first rung.
+4. The rows become ladder.md, ladder.csv and ladder.png.
 
-What is done is known from the files alone, so the same command goes on where it was stopped.
+The files alone record what is done, so the same command resumes an interrupted climb.
 """
 
+import argparse
 import contextlib
 import csv
 import io
 import json
-import os
+import math
 import statistics
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 from gpt_lightning.checkpoint import KEY, read_checkpoint
-from gpt_lightning.config_files import chain, load_yaml
+from gpt_lightning.config_files import CONFIGS, load_config
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.files import write_atomically
-from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.generation.writer import Writer
-from gpt_lightning.lightning_cli import quiet, run_trainer
-from gpt_lightning.messages import Parser
-from gpt_lightning.training.lightning_module import GPTModule
-
-COUNTED = "counted"
+from gpt_lightning.errors import UserError
+from gpt_lightning.files import write_atomically
+from gpt_lightning.generation.generator import TextGenerator
+from gpt_lightning.lightning_cli import run_trainer
+from gpt_lightning.model import num_parameters
+from gpt_lightning.model.lecture import Bigram, BigramConfig
 
 
 @dataclass
 class Row:
-    """One rung, over its seeds. Losses in nats per character, on the held-out text."""
+    """Results of one rung. Losses are in nats per character, on the held-out text."""
 
     name: str
     title: str
     parameters: int | None = None
-    losses: list[float] = field(default_factory=list)  # exact, one a seed
-    estimates: list[float] = field(default_factory=list)  # the lecture's, where configs ask for it
+    losses: list[float] = field(default_factory=list)  # exact, one for each seed
+    estimates: list[float] = field(default_factory=list)  # the lecture's, if the config asks for it
     speeds: list[float] = field(default_factory=list)  # characters per second in training
     floor: float | None = None
     sample: str = ""
-    missing: str = ""  # why there are no figures
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds."""
-        return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
-
-    @property
-    def loss(self) -> str:
-        """Mean and spread, as a person reads them."""
+    def loss_text(self) -> str:
+        """Mean and standard deviation over the seeds, for people."""
         if not self.losses:
-            return ""
-        spread = f" ± {self.spread:.4f}" if len(self.losses) > 1 else ""
-        return f"{statistics.mean(self.losses):.4f}{spread}"
+            return "needs a GPU"
+        spread = f" ± {statistics.stdev(self.losses):.4f}" if len(self.losses) > 1 else ""
+        return f"{mean(self.losses):.4f}{spread}"
+
+    def figures(self) -> dict:
+        """The row for programs; None where a figure is missing."""
+        return {
+            "name": self.name,
+            "rung": self.title,
+            "parameters": self.parameters,
+            "val_loss_mean": mean(self.losses),
+            "val_loss_sd": statistics.stdev(self.losses) if len(self.losses) > 1 else None,
+            "val_losses": " ".join(f"{loss:.5f}" for loss in self.losses),
+            "estimate_val_mean": mean(self.estimates),
+            "chars_per_second": mean(self.speeds),
+            "floor": self.floor,
+            "sample": self.sample,
+        }
+
+
+def mean(values: list[float]) -> float | None:
+    return statistics.mean(values) if values else None
 
 
 def climb(argv: list[str]) -> int:
     """The command `climb`; returns its exit code.
 
     Raises:
-        ValueError: in one line, for flags or a folder that cannot be.
+        UserError: for a wrong flag, or a folder that was climbed with other settings.
     """
-    quiet()
     args, flags = parse(argv)
-    rungs = find_rungs(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    refuse_mixture(args.out, rungs, flags)
-    waiting = [rung for rung in rungs if left_out(rung, args)]
-    rows = []
-    runs = (len(rungs) - len(waiting)) * len(args.seeds)
-    with tqdm(total=runs, bar_format=BAR, disable=None) as bar:  # none where nobody looks
+    rungs = find_rungs(args.configs, args.rungs)
+    check_same_settings(args.out, rungs, flags)
+    skipped = []
+    if not (args.rungs or torch.cuda.is_available()):
+        skipped = [rung for rung in rungs if rung.stem.endswith("_gpu")]
+    runs = (len(rungs) - len(skipped)) * len(args.seeds)
+    rows, settings = [], None
+    with tqdm(total=runs, unit="run", disable=None) as bar:  # no bar if stderr is not a terminal
         for rung in rungs:
-            for seed in () if rung in waiting else args.seeds:
+            row = Row(rung.stem, title(rung))
+            for seed in [] if rung in skipped else args.seeds:
+                folder = args.out / rung.stem / f"seed_{seed}"
                 bar.set_description(f"{rung.stem}, seed {seed}")
-                code = fit(rung, seed, args.out, flags, LadderBar(bar))
+                code = fit(rung, seed, folder, flags)
                 if code:
-                    bar.write("stopped; the same command goes on from here")
+                    bar.write("stopped; the same command resumes")
                     return code
-                bar.n = round(bar.n) + 1
-            rows.append(read_row(rung, args.out, args.seeds))
-            bar.write(f"{rows[-1].title:<24} {rows[-1].loss or rows[-1].missing}")
-    climbed = [row for row in rows if row.losses]
-    if not climbed:
-        return 0
-    run = args.out / climbed[0].name / f"seed_{args.seeds[0]}"
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    rows.insert(0, counted_row(config))
-    write_table(rows, args.out)
-    print((args.out / "ladder.md").read_text(encoding="utf-8"))
-    picture = draw(rows, config["data"]["corpus"], args.out)
-    print(f"written: {args.out}/ladder.md, ladder.csv{picture}")
-    print(f"watch:   tensorboard --logdir {args.out}")
+                add_results(row, folder)
+                settings = settings or settings_of(folder)
+                bar.update()
+            rows.append(row)
+            bar.write(f"{row.title:<24} {row.loss_text}")
+    if settings is not None:
+        write_results([counted_bigram(settings), *rows], settings["data"]["corpus"], args.out)
     return 0
 
 
-BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]"
-
-
-def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """Our own flags, and those that are handed on to `fit`."""
-    parser = Parser(
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of `climb`, and those that are passed to `fit`."""
+    parser = argparse.ArgumentParser(
         prog="python -m gpt_lightning climb",
-        usage="%(prog)s [--out DIR] [--seeds N,N,...] [any flag of fit]",
-        description="Train every config of a folder, several seeds each, and write a table and a "
-        "picture. Stopped half-way, the same command goes on. Flags of fit go to every run: "
-        "--data.corpus=tinyshakespeare.",
+        usage="%(prog)s [--out DIR] [--seeds N,N,...] [--rungs NAME,...] [any flag of fit]",
+        description="Train every config of a folder with several seeds, and write a table and a "
+        "picture. If it is interrupted, the same command resumes. Flags of fit are passed to every "
+        "run, for example --data.corpus=tinyshakespeare.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("ladder"), metavar="DIR", help="(default: ladder)")
+    add("--out", type=Path, default="ladder", metavar="DIR", help="(default: ladder)")
     add(
         "--configs",
-        type=Path,
-        default=Path("configs/lecture"),
+        default="lecture",
         metavar="DIR",
-        help="the rungs, in the order of their names (default: configs/lecture)",
+        help="the rungs, in the order of their names: a folder, or the name of a shipped one "
+        "(default: lecture)",
     )
     add("--seeds", default="1337,1338,1339", metavar="N,N", help="(default: 1337,1338,1339)")
-    add("--rungs", metavar="NAME,NAME", help="only these (default: all; *_gpu with a GPU only)")
+    add(
+        "--rungs",
+        type=lambda text: text.split(","),
+        metavar="NAME,NAME",
+        help="only these (default: all; those that end in _gpu only with a GPU)",
+    )
     args, flags = parser.parse_known_args(argv)
     try:
         args.seeds = list(dict.fromkeys(int(seed) for seed in args.seeds.split(",")))
     except ValueError:
-        raise ValueError(f"--seeds={args.seeds}: expected numbers, as in 1337,1338") from None
-    for flag, ours in (("--seed_everything", "--seeds"), ("--ckpt_path", "--out")):
+        raise UserError(f"--seeds={args.seeds} must be numbers, such as 1337,1338") from None
+    for flag, instead in (("--seed_everything", "--seeds"), ("--ckpt_path", "--out")):
         if any(given.split("=")[0] == flag for given in flags):
-            raise ValueError(f"{flag} is climb's own affair; use {ours}")
+            raise UserError(f"{flag} is set by climb; use {instead}")
     return args, flags
 
 
-def find_rungs(args: Namespace) -> list[Path]:
-    """The config files asked for, lowest rung first."""
-    found = {path.stem: path for path in sorted(args.configs.glob("*.yaml"))}
+def find_rungs(folder: str, names: list[str] | None) -> list[Path]:
+    """The config files of a folder, lowest rung first; only those of `names`, if given."""
+    path = Path(folder) if Path(folder).is_dir() else CONFIGS / folder
+    found = {rung.stem: rung for rung in sorted(path.glob("*.yaml"))}
     if not found:
-        raise ValueError(
-            f"--configs={args.configs}: no config there; run climb in the project's folder, or "
-            "name a folder of your own"
-        )
-    if args.rungs is None:
-        return list(found.values())
-    names = args.rungs.split(",")
-    if unknown := [name for name in names if name not in found]:
-        raise ValueError(f"--rungs={unknown[0]} is no config there (there are: {', '.join(found)})")
-    return [path for name, path in found.items() if name in names]
+        raise UserError(f"--configs={folder}: no such folder, or no configs in it")
+    for name in names or []:
+        if name not in found:
+            raise UserError(f"--rungs={name} must be among {', '.join(found)}")
+    return [rung for name, rung in found.items() if names is None or name in names]
 
 
-def left_out(rung: Path, args: Namespace) -> bool:
-    """Whether a rung waits for a GPU; named in so many words it is climbed all the same."""
-    return rung.stem.endswith("_gpu") and not args.rungs and not torch.cuda.is_available()
+def title(rung: Path) -> str:
+    """The name of a rung: its config's first comment, up to the colon."""
+    first_line = rung.read_text(encoding="utf-8").partition("\n")[0]
+    return first_line.removeprefix("#").partition(":")[0].strip()
 
 
-def refuse_mixture(out: Path, rungs: list[Path], flags: list[str]) -> None:
-    """Raise a ValueError if `out` was climbed with other flags or configs than these."""
+def check_same_settings(out: Path, rungs: list[Path], flags: list[str]) -> None:
+    """Raise a UserError if runs in `out` had other flags or configs; note those of this climb."""
     path = out / "climb.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"configs": {}}
-    if known.get("flags", flags) != flags:
-        raise ValueError(
+    known: dict = {"flags": flags, "configs": {}}
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    if known["flags"] != flags:
+        raise UserError(
             f"--out={out} was climbed with the flags {' '.join(known['flags']) or '(none)'}; "
-            "give the same, or another --out"
+            "give the same flags, or another --out"
         )
     for rung in rungs:
-        made_of = settings(rung)
-        if known["configs"].get(rung.stem, made_of) != made_of:
-            raise ValueError(
-                f"{rung} has changed since --out={out} was climbed; give another --out"
-            )
-        known["configs"][rung.stem] = made_of
+        config = load_config(rung)
+        if known["configs"].setdefault(rung.stem, config) != config:
+            raise UserError(f"--out={out} was climbed with another {rung}; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
-        file.write(json.dumps(known | {"flags": flags}, indent=1).encode())
-
-
-def settings(rung: Path) -> list[dict]:
-    """All that a rung is made of, so that a change anywhere in its chain is noticed."""
-    parts = chain(str(rung))
-    texts = [Path(p).read_text(encoding="utf-8") if os.path.exists(p) else p for p in parts]
-    return [yaml.safe_load(text) for text in texts]
+        file.write(json.dumps(known, indent=1).encode())
 
 
 # one run
 
 
-class LadderBar(ProgressBar):
-    """Moves the ladder's bar along with one run."""
-
-    is_enabled = False  # what a run prints goes the usual way
-
-    def __init__(self, bar: tqdm):
-        super().__init__()
-        self.bar, self.before = bar, round(bar.n)
-
-    def disable(self) -> None:
-        """The bar is not this run's to hide."""
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step % 50 == 0 and trainer.max_steps > 0:
-            self.bar.n = self.before + trainer.global_step / trainer.max_steps
-            self.bar.refresh()
+def last_checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
 
 
-def fit(rung: Path, seed: int, out: Path, flags: list[str], bar: LadderBar) -> int:
-    """Run, or go on with, `fit` for one rung and seed; does nothing if that is done."""
-    folder = out / rung.stem / f"seed_{seed}"
-    argv = ["fit", "--config", str(rung), *flags, f"--seed_everything={seed}"]
-    last = folder / "checkpoints" / "last.ckpt"
+def settings_of(folder: Path) -> dict:
+    """All settings of a run, from its checkpoint."""
+    return read_checkpoint(last_checkpoint(folder))[KEY]["settings"]
+
+
+def fit(rung: Path, seed: int, folder: Path, flags: list[str]) -> int:
+    """Start or resume the run of one rung and seed, unless it is complete; returns an exit code."""
+    argv = ["fit", f"--config={rung}", *flags, f"--seed_everything={seed}"]
+    last = last_checkpoint(folder)
     if last.exists():
         checkpoint = read_checkpoint(last)
-        if checkpoint["global_step"] >= max_steps(checkpoint):
+        steps = checkpoint[KEY]["settings"]["trainer"].get("max_steps", math.inf)
+        if checkpoint["global_step"] >= steps:
             return 0
         argv = ["fit", f"--ckpt_path={last}"]
-    with contextlib.redirect_stdout(io.StringIO()):  # a table says it better than 36 runs
-        return run_trainer(argv, "", folder, bar)
+    with contextlib.redirect_stdout(io.StringIO()):  # the table is the summary of all runs
+        return run_trainer(argv, folder=folder)
 
 
-def max_steps(checkpoint: dict) -> int:
-    return load_yaml(checkpoint[KEY]["config"])["trainer"]["max_steps"]
+def add_results(row: Row, folder: Path) -> None:
+    """Add the results of a complete run to the row of its rung."""
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    series = {tag: [e.value for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    row.losses.append(series["loss/val"][-1])
+    row.estimates += series.get("estimate/val", [])[-1:]
+    row.speeds.append(statistics.median(series["speed/chars_per_second"]))
+    row.floor = series.get("loss/floor", [None])[-1]
+    if not row.sample:
+        generator = TextGenerator.load(last_checkpoint(folder), precision="fp32")
+        row.parameters = num_parameters(generator.model)
+        row.sample = sample_line(generator)
 
 
-# what came of it
-
-
-def read_row(rung: Path, out: Path, seeds: list[int]) -> Row:
-    """The row of a rung, from its runs' checkpoints and logs."""
-    row = Row(rung.stem, title(rung))
-    for seed in seeds:
-        folder = out / rung.stem / f"seed_{seed}"
-        last = folder / "checkpoints" / "last.ckpt"
-        if not last.exists():
-            row.missing = "needs a GPU"
-            continue
-        weights = read_checkpoint(last)["state_dict"]
-        row.parameters = sum(w.numel() for name, w in weights.items() if name.startswith("net."))
-        log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        series = {tag: [e.value for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
-        row.losses.append(series["val/loss"][-1])
-        row.estimates += series.get("estimate/val", [])[-1:]
-        row.speeds.append(statistics.median(series["chars_per_second"]))
-        row.floor = series.get("val/floor", [None])[-1]
-        row.sample = row.sample or sample_line(Writer.load(last))
-    return row
-
-
-def title(rung: Path) -> str:
-    """What a rung is called: its first comment, up to the colon."""
-    first = rung.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ").partition(":")[0] if first.startswith("#") else rung.stem
-
-
-def sample_line(writer: Writer, seed: int = 1337) -> str:
-    """The first line of some length that a model writes, drawn as the lecture draws."""
-    text = writer.write(max_new_tokens=400, sampling=Sampling(temperature=1.0), seed=seed)[0]
-    lines = [line.strip() for line in text.splitlines()]
+def sample_line(generator: TextGenerator) -> str:
+    """The first line of 24 characters or more that a model generates, cut after 56."""
+    lines = generator.generate(max_new_tokens=400)[0].splitlines()
+    lines = [line.strip() for line in lines] or [""]
     return next((line for line in lines if len(line) >= 24), max(lines, key=len))[:56]
 
 
-def counted_row(config: dict) -> Row:
-    """The bigram by counting pairs, on a run's text: the loss that its training arrives at."""
-    data = TextDataModule(**config["data"])
-    model = GPTModule(
-        data.vocab_size,
-        data.hparams.block_size,
-        name="bigram",
-        optimizer="adamw",
-        eval_iters=config["model"]["eval_iters"],
-    )
-    pieces = [torch.from_numpy(data.tokens[a:b].astype("int64")) for a, b in data.train_spans]
-    model.net.count(pieces)
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    metrics = trainer.validate(model, data, verbose=False)[0]
+@torch.no_grad()
+def counted_bigram(settings: dict) -> Row:
+    """The row of the bigram model by counting, the optimum that the trained one approaches."""
+    data = TextDataModule(**settings["data"])
+    data.prepare_data()
+    data.setup()
+    config = BigramConfig(vocab_size=data.vocab_size, block_size=data.hparams.block_size)
+    model = Bigram(config)
+    spans = [data.tokens[start:stop].astype("int64") for start, stop in data.train_spans]
+    model.count(torch.from_numpy(ids) for ids in spans)
+    nats = 0.0
+    for x, y in data.val_dataloader():
+        nats += float(F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum"))
     return Row(
-        COUNTED,
+        "counted",
         "Counted bigram",
-        parameters=data.vocab_size**2,
-        losses=[metrics["val/loss"]],
-        estimates=[metrics["estimate/val"]] if "estimate/val" in metrics else [],
-        floor=metrics.get("val/floor"),
-        sample=sample_line(Writer(model.net, data.tokenizer)),
+        num_parameters(model),
+        losses=[nats / data.val_characters],
+        floor=data.val_floor,
+        sample=sample_line(TextGenerator(model, data.tokenizer)),
     )
 
 
-def write_table(rows: list[Row], out: Path) -> None:
-    """ladder.md for people, ladder.csv for programs."""
-    head = ["rung", "parameters", "val loss", "lecture's estimate", "characters/s", "it writes"]
-    lines = [head, ["---", "---:", "---:", "---:", "---:", "---"]]
+# table and picture
+
+
+def write_results(rows: list[Row], corpus: str, out: Path) -> None:
+    table = markdown(rows)
+    (out / "ladder.md").write_text(table, encoding="utf-8")
+    with (out / "ladder.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].figures())
+        writer.writeheader()
+        writer.writerows(row.figures() for row in rows)
+    picture = draw(rows, corpus, out / "ladder.png")
+    print(table)
+    print(f"written: {out}/ladder.md, ladder.csv{picture}")
+    print(f"watch:   tensorboard --logdir {out}")
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a table for people."""
+    header = "| rung | parameters | val loss | lecture's estimate | characters/s | sample |\n"
+    text = header + "| --- | ---: | ---: | ---: | ---: | --- |\n"
     for row in rows:
-        if not row.losses:
-            lines.append([row.title, "", row.missing, "", "", ""])
-            continue
-        sample = row.sample.replace("|", "\\|").replace("`", "'")
-        lines.append(
-            [
-                row.title,
-                f"{row.parameters:,}",
-                row.loss,
-                f"{statistics.mean(row.estimates):.4f}" if row.estimates else "",
-                f"{statistics.mean(row.speeds):,.0f}" if row.speeds else "",
-                f"`{sample}`",
-            ]
-        )
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-    floor = next((row.floor for row in rows if row.floor is not None), None)
-    if floor is not None:
-        text += f"\nThe floor of this text is {floor:.4f} nats per character.\n"
-    (out / "ladder.md").write_text(text, encoding="utf-8")
-    with open(out / "ladder.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(
-            ["name", "rung", "parameters", "val_loss_mean", "val_loss_sd", "val_losses"]
-            + ["estimate_val_mean", "chars_per_second", "floor", "sample"]
-        )
-        for row in rows:
-            known = bool(row.losses)
-            table.writerow(
-                [
-                    row.name,
-                    row.title,
-                    row.parameters,
-                    statistics.mean(row.losses) if known else None,
-                    row.spread if len(row.losses) > 1 else None,
-                    " ".join(f"{loss:.5f}" for loss in row.losses),
-                    statistics.mean(row.estimates) if row.estimates else None,
-                    statistics.mean(row.speeds) if row.speeds else None,
-                    row.floor,
-                    row.sample,
-                ]
-            )
+        cells = [row.title, "", row.loss_text, "", "", ""]
+        if row.losses:
+            cells[1] = f"{row.parameters:,}"
+            cells[3] = f"{mean(row.estimates):.4f}" if row.estimates else ""
+            cells[4] = f"{mean(row.speeds):,.0f}" if row.speeds else ""
+            sample = row.sample.replace("|", "\\|").replace("`", "'")
+            cells[5] = f"`{sample}`"
+        text += f"| {' | '.join(cells)} |\n"
+    if rows[0].floor is not None:
+        text += f"\nThe entropy of this text, its floor, is {rows[0].floor:.4f} nats per character."
+    return text + "\n"
 
 
-def draw(rows: list[Row], corpus: str, out: Path) -> str:
-    """ladder.png, of a text called `corpus`; returns what to add to the list of files written."""
+def draw(rows: list[Row], corpus: str, path: Path) -> str:
+    """Draw the ladder; returns what to add to the list of files written."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return ' (for a picture: pip install "matplotlib>=3.8")'
     rows = [row for row in rows if row.losses]
-    means = [statistics.mean(row.losses) for row in rows]
-    places, before = range(len(rows)), [None, *means]
-    seeds = max(len(row.losses) for row in rows)
+    means, places = [statistics.mean(row.losses) for row in rows], range(len(rows))
+    seeds, floor = max(len(row.losses) for row in rows), rows[0].floor
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.step(means, places, where="post", color="0.75", linewidth=1, zorder=1)
-    for place, row, mean, last in zip(places, rows, means, before, strict=False):
+    axes.plot(means, places, "o", color="tab:blue", markersize=7)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line behind the text
+    for place, row, loss in zip(places, rows, means, strict=True):
         axes.plot(row.losses, [place] * len(row.losses), ".", color="tab:blue", alpha=0.4)
-        axes.plot(mean, place, "o", color="tab:blue", markersize=7)
-        text = f"{mean:.2f}" + (f"  ({mean - last:+.2f})" if last else "")
-        at = (max(row.losses), place)
-        box = {
-            "facecolor": "white",
-            "edgecolor": "none",
-            "pad": 1,
-        }  # over the line of the next rung
+        text = f"{loss:.2f}" + (f"  ({loss - means[place - 1]:+.2f})" if place else "")
+        at = max(row.losses), place
         axes.annotate(text, at, (9, 0), textcoords="offset points", va="center", bbox=box)
+    if floor is not None:
+        axes.axvline(floor, color="tab:red", linestyle="--", linewidth=1)
+        text, style = f"{floor:.2f}, the entropy of the text", {"color": "tab:red", "va": "center"}
+        axes.annotate(text, (floor, 0), (6, 0), textcoords="offset points", **style)
     axes.set_yticks(places, [row.title for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("loss on held-out text, nats per character (less is better)")
-    figure.suptitle("What each idea of the lecture buys", fontweight="bold")
-    each = f"mean of {seeds} seeds, each a small dot" if seeds > 1 else "one seed"
-    axes.set_title(f"{corpus}: {each}; in brackets the change from the rung above", fontsize=9)
-    if rows[0].floor is not None:
-        axes.axvline(rows[0].floor, color="tab:red", linestyle="--", linewidth=1)
-        axes.annotate(
-            f"{rows[0].floor:.2f}, the floor: no model can do better",
-            (rows[0].floor, 0),
-            (6, 0),
-            textcoords="offset points",
-            color="tab:red",
-            va="center",
-        )
+    axes.set_xlabel("loss on held-out text, nats per character (lower is better)")
+    figure.suptitle("What each idea of the lecture gains", fontweight="bold")
+    shown = f"mean of {seeds} seeds (small dots)" if seeds > 1 else "one seed"
+    axes.set_title(f"{corpus}: {shown}; in brackets the change from the rung above", fontsize=9)
     axes.margins(x=0.16)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.savefig(out / "ladder.png")
-    return ", ladder.png"
+    figure.savefig(path)
+    return f", {path.name}"

@@ -1,513 +1,457 @@
-"""The Trainer's commands: fit, validate, test, predict.
+"""The Trainer's commands: fit, validate, test and predict.
 
-LightningCLI, with what a person expects of it besides: a checkpoint brings its settings as
-defaults, which flags override; a resumed run stays in its folder; mistakes end in one line.
+1. `Settings` are resolved: flags over configs over the checkpoint's. Only what was given is in
+   them, so that no default is mistaken for a choice.
+2. Data, module and Trainer are built, and the automatic choices (number of steps, precision,
+   validation interval) are added to the settings.
+3. The command runs, and the settings are stored in the run's folder and in its checkpoints.
 """
 
 import logging
-import math
-import re
 import time
 import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.checkpoint import (
-    HOW,
     KEY,
     LOGS,
-    go_on_with,
-    read_whole,
-    refuse_mismatch,
+    check_compatible,
+    read_newest_intact,
+    resume_command,
     run_folder,
 )
-from gpt_lightning.config_files import expand_configs, stored_settings
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.messages import nearest
-from gpt_lightning.training.callbacks import GenerateText, RunBar
-from gpt_lightning.training.checkpointing import AtomicCheckpointIO, BestAndLast, Interrupted
-from gpt_lightning.training.length import STEPS, enough_steps
-from gpt_lightning.training.lightning_module import GPTModule
-from gpt_lightning.training.precision import choose_precision
+from gpt_lightning.errors import UserError
+from gpt_lightning.model import CONFIGS, ModelConfig, config_from_dict
+from gpt_lightning.settings import FROM_DATA, Settings, build_parser, flags_of, parse, restore
+from gpt_lightning.training.callbacks import GenerateText, PredictionFile, RunProgressBar
+from gpt_lightning.training.checkpoint import AtomicCheckpointIO, BestAndLast, Interrupted
+from gpt_lightning.training.hardware import choose_precision
+from gpt_lightning.training.module import GPTModule
+from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import closing_table, introduction
 
-DEFAULTS = {
-    "val_check_interval": 250,  # batches, counted through the whole run:
-    "check_val_every_n_epoch": None,
+# The Trainer's settings where Lightning's own defaults do not fit; any of them can be given.
+TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-# what a checkpoint brings back as defaults; the rest is each command's own affair
-STORED = ("seed_everything", "data", "model", "trainer", "checkpoint", "sample")
+STEPS = 1000  # of a run whose length is not given: a minute or two on two cores
+EPOCHS = 3  # of a short text: longer runs overfit (docs/experiments.md)
+FEWEST_STEPS = 40
+VALIDATION_STEPS = 250
+NOTEBOOK_STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 def run_trainer(
-    argv: list[str], description: str, folder: Path | None = None, bar: Callback | None = None
+    argv: list[str],
+    description: str = "",
+    folder: Path | None = None,
+    bar: ProgressBar | None = None,
 ) -> int:
-    """Run the Trainer's command argv[0], which `--help` describes so; returns its exit code.
+    """Run the command `argv[0]` with the flags that follow; returns the exit code.
 
     Args:
         argv: command and flags.
-        description: of the command.
-        folder: of a new run; the next lightning_logs/version_N unless given.
-        bar: shows the progress in place of `RunBar`.
+        description: of the command, for `--help`.
+        folder: of a new run; the next free `lightning_logs/version_N` by default.
+        bar: a progress bar in place of `RunProgressBar`.
     """
-    quiet()
+    silence_lightning()
+    command, parser = argv[0], build_parser(argv[0], description)
+    settings = parse(parser, argv[1:])
+    if settings.pop("print_config", False):
+        print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    path, checkpoint = find_start(command, settings)
+    if checkpoint is not None:
+        settings = restore(parser, argv, settings, checkpoint)
+    run = build(parser, command, settings, path, checkpoint, folder, bar)
     try:
-        GPTCLI(argv, description, folder, bar or RunBar())
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+        {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
     except Interrupted as stop:
         if rank_zero_only.rank == 0:
-            print(f"{stop}\nGo on with: {go_on_with(stop.path)}", flush=True)
+            print(f"{stop}\nResume with: {resume_command(stop.path)}", flush=True)
         return 128 + stop.signum
     return 0
 
 
-def quiet() -> None:
-    """Silence what Lightning says of every run and nobody can do anything about."""
+def silence_lightning() -> None:
+    """Silence the notices that Lightning prints for every run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-    warnings.filterwarnings("ignore", ".*but have no logger configured.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", r".*following callbacks: \['Timer'\].*")  # no longer wanted
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is of all processes
-
-
-class GPTCLI(LightningCLI):
-    """The commands, their flags, and what is done before and after each."""
-
-    def __init__(self, argv: list[str], description: str, folder: Path | None, bar: Callback):
-        self.argv, self.folder = argv, folder
-        self.why_precision = ""
-        self.numbered = False  # whether the run's folder is the next version_N
-        self.checkpoint: dict[str, Any] | None = None  # the one that the command goes on from
-        self.path: Path | None = None  # its
-        self.first_step = math.inf  # that `fit` goes on from
-        command = argv[0]
-        try:
-            super().__init__(
-                GPTModule,
-                TextDataModule,
-                save_config_callback=None,  # see _keep_config
-                trainer_defaults={"callbacks": [bar]},  # and DEFAULTS, as flags
-                seed_everything_default=1337,
-                parser_kwargs={
-                    "prog": HOW,
-                    "exit_on_error": False,
-                    "allow_abbrev": False,
-                    command: {
-                        "exit_on_error": False,
-                        "description": description,
-                        "usage": f"{HOW} {command} [--config FILE ...] [--flag=value ...]",
-                    },
-                },
-                auto_configure_optimizers=False,
-            )
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            # once a step is taken, the checkpoint was all right
-            began = hasattr(self, "trainer") and self.trainer.global_step > self.first_step
-            if self.checkpoint is None or began:
-                raise
-            raise ValueError(
-                f"--ckpt_path={self.path}: what it says of its run is not what this version writes "
-                f"({type(error).__name__}: {str(error)[:100]})"
-            ) from error
-
-    # flags
-
-    def subcommands(self) -> dict[str, set[str]]:
-        """Only the command that is run: to build the parsers of all four takes a while."""
-        command = self.argv[0]
-        return {command: super().subcommands()[command]}
-
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What people look for in `--help` first; the Trainer's many flags last."""
-        parser.add_lightning_class_args(TextDataModule, "data")
-        parser.add_lightning_class_args(GPTModule, "model")
-        parser.add_lightning_class_args(GenerateText, "sample")
-        parser.add_lightning_class_args(BestAndLast, "checkpoint")
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # written once, by the data; see also the checkpoint, which needs no data to be read
-        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
-        parser.link_arguments("data.block_size", "model.block_size")
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target, compute_fn=int)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the flags, over those that the checkpoint was trained with, if one is given."""
-        self.config = self._parse(parser, self.argv)
-        command, given = self.argv[0], self.config[self.argv[0]]
-        which = given.ckpt_path
-        if which is None and command != "fit":
-            which = "best"
-        if which is None:
-            return
-        self.path, self.checkpoint = path, _ = read_whole(
-            which, given.trainer.default_root_dir or "."
-        )
-        usual = vars(self._subcommand_parsers[command].get_defaults().trainer)
-        own = {key: value for key, value in vars(given.trainer).items() if value != usual[key]}
-        try:
-            stored = stored_settings(self.checkpoint[KEY].get("config") or "", own)
-        except ValueError as error:
-            raise ValueError(f"--ckpt_path={path}: {error}") from error
-        stored = as_it_was({key: value for key, value in stored.items() if key in STORED})
-        if command != "fit":  # another text may be given, in the same vocabulary
-            state = self.checkpoint[KEY]["tokenizer"]
-            stored.setdefault("data", {})["vocabulary"] = state.get("vocabulary")
-        argv = [command, "--config", yaml.safe_dump(stored, allow_unicode=True), *self.argv[1:]]
-        self.config = self._parse(parser, argv)
-        self.config[command].ckpt_path = str(path)
-        ours, theirs = (
-            self.config[command].model.optimizer,
-            stored.get("model", {}).get("optimizer"),
-        )
-        if command == "fit" and theirs not in (None, ours):
-            raise ValueError(
-                f"--model.optimizer={ours} cannot take over the state of {theirs} in "
-                f"--ckpt_path={path}; leave the flag away, or train anew without --ckpt_path"
-            )
-
-    def _parse(self, parser: LightningArgumentParser, argv: list[str]) -> Namespace:
-        try:
-            config = parser.parse_args(expand_configs(argv))
-        except (ArgumentError, UnicodeDecodeError) as error:
-            flags = self._subcommand_parsers[self.argv[0]]._option_string_actions
-            raise ValueError(explain(str(error), self.argv, flags)) from error
-        given = config[self.argv[0]]
-        for name in STORED[1:]:
-            if not isinstance(given[name], Namespace):  # which jsonargparse lets pass
-                raise ValueError(f"--config: {name}: {given[name]} is no mapping of settings")
-        if not 0 <= int(given.seed_everything) < 2**32:
-            raise ValueError(
-                f"--seed_everything={given.seed_everything} must be 0 or more and below 2**32"
-            )
-        return config
-
-    def _parse_ckpt_path(self) -> None:
-        """Not Lightning's way, which lets a checkpoint's settings override the flags."""
-
-    # building
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
-        command, path = self.subcommand, self._get(self.config, "ckpt_path")
-        if command != "fit" and config.logger is None:
-            kwargs["logger"] = False  # a validation is no run, and gets no folder
-        elif config.logger is None or config.logger is True:
-            folder = run_folder(Path(path)) if path else self.folder
-            step = self.checkpoint["global_step"] if self.checkpoint else 0
-            self.numbered = folder is None
-            kwargs["logger"] = TensorBoardLogger(
-                folder.parent.parent if folder else config.default_root_dir or ".",
-                name=folder.parent.name if folder else LOGS,
-                version=folder.name if folder else None,
-                default_hp_metric=False,
-                # hides what a killed run logged after the step that it goes on from
-                purge_step=step + 1,
-                flush_secs=10,
-            )
-        if not config.plugins:
-            kwargs["plugins"] = [AtomicCheckpointIO()]
-        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        if config.accelerator in ("gpu", "cuda", "mps") and not gpu:
-            raise ValueError(
-                f"--trainer.accelerator={config.accelerator}: torch {torch.__version__} sees no "
-                "GPU here; leave the flag away to train on what there is"
-            )
-        if command == "fit":
-            refuse_trainer_settings(config)
-            self._choose_precision(config, self._get(self.config_init, "model"))
-        unsaid = config.max_steps == -1 and config.max_epochs is None
-        if unsaid:
-            config.max_steps = STEPS
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        # what Lightning raises for a bad setting; a TypeError for a number of devices
-        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
-            named = [key for key in re.findall(r"\w+", str(error)) if key in config]
-            flags = [f"--trainer.{key}={config[key]}" for key in named[:1]]
-            flags = flags or [flag for flag in self.argv if flag.startswith("--trainer.")]
-            raise ValueError(f"{' '.join(flags)}: {error}") from error
-        if unsaid and command == "fit" and not trainer.fast_dev_run:
-            # not before: processes share the text, and the Trainer has just counted them
-            self._choose_length(trainer, self._get(self.config_init, "data"))
-        return trainer
-
-    def _choose_length(self, trainer: Trainer, data: TextDataModule) -> None:
-        """Choose how many steps the run takes, with the usual four validations and two samples."""
-        config, hp, steps = self.config[self.subcommand], data.hparams, STEPS
-        if not hp.overfit_batches:  # those are to be learnt by heart
-            windows = hp.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-            tokens = sum(stop - start for start, stop in data.train_spans)
-            steps = enough_steps(tokens, windows * hp.block_size)
-        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps = steps
-        if config.trainer.val_check_interval == DEFAULTS["val_check_interval"]:
-            batches = steps * trainer.accumulate_grad_batches
-            trainer.val_check_interval = config.trainer.val_check_interval = batches // 4
-        if config.sample.every_n_steps == STEPS // 2:
-            sampler = next(c for c in trainer.callbacks if isinstance(c, GenerateText))
-            sampler.every_n_steps = config.sample.every_n_steps = steps // 2
-
-    def _choose_precision(self, config: Namespace, model: Any) -> None:
-        """Fill in --trainer.precision where nobody gave it; a resumed run keeps its own."""
-        if config.precision is not None:
-            return
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if torch.backends.mps.is_available() else device
-        device = "cpu" if config.accelerator == "cpu" else device
-        width = 0 if model.hparams.name == "bigram" else model.net.config.n_embd
-        config.precision, why = choose_precision(device, width)
-        self.config[self.subcommand].trainer.precision = config.precision
-        self.why_precision = f" ({why})"
-
-    def after_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        self.model.run_config = self._parser(self.subcommand).dump(config, skip_none=False)
-        if self.checkpoint is None:
-            return
-        settings = self.model.describe(self.datamodule)
-        refuse_mismatch(
-            self.checkpoint[KEY], settings, config.ckpt_path, corpus=self.subcommand == "fit"
-        )
-        odd = self.checkpoint["state_dict"].keys() ^ self.model.state_dict().keys()
-        if odd:
-            raise ValueError(
-                f"--ckpt_path={config.ckpt_path} has weights that this version's model does not "
-                f"have, or lacks some ({min(odd)}): use the gpt_lightning that wrote it"
-            )
-
-    # running
-
-    def fit(self, model: GPTModule, datamodule: TextDataModule, **kwargs: Any) -> None:
-        """The Trainer's, with the faults of a run told in a line: what, and how to go on."""
-        try:
-            self.trainer.fit(model, datamodule, **kwargs)
-        except SystemExit:  # Lightning's end of a second Ctrl-C
-            raise KeyboardInterrupt from None
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = fault(error, self.trainer.world_size)
-            if reason is None:
-                raise
-            if self.keeper.safe is not None:
-                path, step = self.keeper.safe
-                reason += f". Step {step:,} is safe; go on with: {go_on_with(path)}"
-            elif self.path is not None:
-                reason = f"--ckpt_path={self.path}: {reason}"
-            raise ValueError(reason) from error
-
-    @property
-    def keeper(self) -> BestAndLast:
-        return next(c for c in self.trainer.callbacks if isinstance(c, BestAndLast))
-
-    def before_fit(self) -> None:
-        self.started = time.perf_counter()
-        self.first_step = self.checkpoint["global_step"] if self.checkpoint else 0
-        if 0 < self.trainer.max_steps <= self.first_step:
-            raise ValueError(
-                f"this run has done its {self.first_step} steps; go further with "
-                f"--trainer.max_steps={2 * self.first_step}"
-            )
-        self._refuse_what_fails_later()
-        if self.trainer.is_global_zero:
-            self._keep_config()
-            print(
-                introduction(self.trainer, self.model, self.datamodule, self.why_precision),
-                flush=True,
-            )
-
-    def _refuse_what_fails_later(self) -> None:
-        """Raise a ValueError for what would fail or do nothing once the run's folder is made."""
-        trainer = self.trainer
-        loops = self.checkpoint["loops"] if self.checkpoint else {}
-        epochs = loops["fit_loop"]["epoch_progress"]["current"]["processed"] if loops else 0
-        if 0 < (trainer.max_epochs or 0) <= epochs:
-            raise ValueError(
-                f"this run has begun its {epochs} epochs already; go further with "
-                f"--trainer.max_epochs={2 * epochs}"
-            )
-        interval = trainer.val_check_interval
-        batches = self.datamodule.batches_per_epoch(
-            trainer.world_size, trainer.accumulate_grad_batches
-        )
-        if trainer.check_val_every_n_epoch and type(interval) is int and interval > batches:
-            raise ValueError(
-                f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
-                "epoch; with --trainer.check_val_every_n_epoch give a part of an epoch, up to 1.0"
-            )
-        try:
-            self.datamodule.tokenizer.encode(self._get(self.config_init, "sample").prompt)
-        except ValueError as error:
-            raise ValueError(f"--sample.prompt: {error}") from error
-
-    def _keep_config(self) -> None:
-        """Write the whole configuration into the run's folder as config.yaml.
-
-        A resumed run that changes it adds config-stepN.yaml and leaves the first as it is.
-        """
-        if self.trainer.fast_dev_run:
-            return
-        logger = self.trainer.logger
-        folder = Path(logger and logger.log_dir or self.trainer.default_root_dir)
-        while not self._make(folder, new=self.numbered):
-            logger._version = None  # another run has taken this number in the meantime
-            folder = Path(logger.log_dir)
-        self.keeper.claim(folder / "checkpoints")  # before anything is written there
-        if not logger:
-            return
-        path = folder / "config.yaml"
-        if path.exists() and path.read_text(encoding="utf-8") != self.model.run_config:
-            path = path.with_name(f"config-step{self.first_step}.yaml")
-        path.write_text(self.model.run_config, encoding="utf-8")
-
-    def _make(self, folder: Path, new: bool = False) -> bool:
-        """Make a folder; False where a new one was asked for, and there is one of that name."""
-        try:
-            folder.mkdir(parents=True, exist_ok=not new)
-        except OSError as error:
-            if new and folder.is_dir():
-                return False
-            raise ValueError(
-                f"--trainer.default_root_dir={self.trainer.default_root_dir}: the folder {folder} "
-                f"cannot be made ({error.strerror})"
-            ) from error
-        return True
-
-    def after_fit(self) -> None:
-        if self.trainer.global_step == self.first_step and not self.trainer.fast_dev_run:
-            raise ValueError("no step was taken: the time of --trainer.max_time is used up")
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            seconds = time.perf_counter() - self.started
-            print(closing_table(self.trainer, self.model, seconds, self.first_step), flush=True)
-
-    def predict(self, model: GPTModule, datamodule: TextDataModule, **kwargs: Any) -> None:
-        """Write the cost in nats of each held-out token to `predictions.npz`."""
-        folder = Path(self.trainer.default_root_dir)
-        self._make(folder)
-        batches = self.trainer.predict(model, datamodule, **kwargs)
-        if not batches:
-            raise ValueError("--trainer.limit_predict_batches=0 leaves nothing to predict")
-        nats = np.concatenate([nats.flatten().cpu().numpy() for nats, _ in batches])
-        ids = np.concatenate([ids.flatten().cpu().numpy() for _, ids in batches])
-        path, n = folder / "predictions.npz", 1
-        while path.exists():
-            path, n = folder / f"predictions-{n}.npz", n + 1
-        np.savez(path, ids=ids, nats=nats)
-        print(f"{len(ids):,} tokens, {nats.mean():.4f} nats each: {path} (ids, nats)")
-
-
-def fault(error: Exception, world_size: int) -> str | None:
-    """What a run's end is due to, in a line; None for a fault of our own."""
-    text = str(error)
-    if isinstance(error, ValueError):
-        return text
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or text}"
-    refused = re.search("(not enough|can't allocate) memory", text)
-    if refused or isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return (
-            "out of memory: a smaller --data.batch_size, --data.block_size or model takes less "
-            f"({text.splitlines()[0] if text else 'MemoryError'})"
-        )
-    if "DataLoader worker" in text:
-        return f"{text.splitlines()[0]} (--data.num_workers=0 does without)"
-    if world_size > 1 and re.search("gloo|nccl|store|peer", text, re.IGNORECASE):
-        return "another process of this run has ended"
-    return None
-
-
-def as_it_was(stored: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings, with what went without saying before there was a choice."""
-    model, trainer = stored.get("model"), stored.get("trainer")
-    if model and trainer and "optimizer" not in model:
-        model |= {"optimizer": "adamw", "schedule": "cosine"}
-        if model["min_lr"] is None:
-            model["min_lr"] = model["learning_rate"] / 10
-        trainer["precision"] = trainer["precision"] or "32-true"
-    if model and "look_ahead" not in model:
-        model |= {"look_ahead": 0, "embedding_weight_decay": 0.0}
-    if model and "n_gram" not in model:
-        model["n_gram"] = 2 if model.get("name") == "gpt" else None
-    return stored
-
-
-def refuse_trainer_settings(config: Namespace) -> None:
-    """Raise a ValueError for settings that Lightning takes, and stumbles over in the run."""
-    for name in (
-        "max_steps",
-        "max_epochs",
-        "limit_train_batches",
-        "val_check_interval",
-        "check_val_every_n_epoch",
-        "accumulate_grad_batches",
-        "log_every_n_steps",
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*but have no logger configured.*",
+        ".*smaller than the logging interval.*",
+        ".*sync_dist=True.*",  # what is logged is already reduced over processes
+        r".*following callbacks: \['Timer'\].*",
     ):
-        value = config[name]
-        endless = value == -1 and name in ("max_steps", "max_epochs")
-        if isinstance(value, int | float) and value <= 0 and not endless:
-            raise ValueError(f"--trainer.{name}={value} must be above 0")
-    if (config.gradient_clip_val or 0) < 0:
-        raise ValueError(
-            f"--trainer.gradient_clip_val={config.gradient_clip_val} must not be negative"
+        warnings.filterwarnings("ignore", message)
+
+
+def find_start(command: str, settings: Settings) -> tuple[Path | None, dict | None]:
+    """The checkpoint that a command starts from: its path and content, or None for a new run."""
+    which = settings.get("ckpt_path")
+    if which is None and command == "fit":
+        return None, None
+    root = settings["trainer"].get("default_root_dir") or "."
+    with flags_of():
+        return read_newest_intact("best" if which is None else which, root)
+
+
+@dataclass
+class Run:
+    """What a command works with."""
+
+    command: str
+    settings: Settings
+    data: TextDataModule
+    module: GPTModule
+    trainer: Trainer
+    path: Path | None  # the checkpoint it starts from
+    first_step: int = 0
+
+
+def build(
+    parser: ArgumentParser,
+    command: str,
+    settings: Settings,
+    path: Path | None,
+    checkpoint: dict | None,
+    folder: Path | None,
+    bar: ProgressBar | None,
+) -> Run:
+    """Build data, module and Trainer, and complete the settings by the automatic choices."""
+    seed = settings.setdefault("seed_everything", 1337)
+    with flags_of("data"):
+        data = TextDataModule(**settings["data"], seed=seed)
+        data.prepare_data()
+        data.setup()
+    with flags_of("model"):
+        module = build_module(settings["model"], data, seed)
+    settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
+    settings["model"] = flat_settings(module)
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint["global_step"]
+        try:
+            ours = module.describe(data)
+            check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
+        except UserError as error:
+            sections = (name for name in ("data", "model") if error.field in settings[name])
+            with flags_of(next(sections, "")):
+                raise
+    if command == "fit":
+        check_length(settings["trainer"], first_step)
+    reason = choose_trainer_settings(parser, command, settings, data, module)
+    callbacks = own_callbacks(command, settings, bar, reason)
+    logger = None
+    if command == "fit":
+        logger = default_logger(settings["trainer"], path and run_folder(path), folder, first_step)
+    trainer = build_trainer(parser, settings["trainer"], callbacks, logger)
+    module.run_settings = {k: v for k, v in settings.items() if k != "ckpt_path"}
+    return Run(command, settings, data, module, trainer, path, first_step)
+
+
+def build_module(given: dict[str, Any], data: TextDataModule, seed: int) -> GPTModule:
+    """The module of the flat `--model.*` settings."""
+    of_models = {item.name for config in CONFIGS.values() for item in fields(config)}
+    of_optimizer = {item.name for item in fields(OptimizerConfig)}
+    sizes = {"vocab_size": data.vocab_size, "block_size": data.hparams.block_size}
+    model, optimizer, other = {"name": "gpt", **sizes}, {}, {}
+    for name, value in given.items():
+        if name in of_optimizer:
+            optimizer[name] = value
+        elif name in of_models or name == "name":
+            model[name] = value
+        else:
+            other[name] = value
+    return GPTModule(config_from_dict(model), OptimizerConfig(**optimizer), seed=seed, **other)
+
+
+def flat_settings(module: GPTModule) -> dict[str, Any]:
+    """All `--model.*` settings of a module, given or not."""
+    config: ModelConfig = module.config
+    model = {k: v for k, v in asdict(config).items() if k not in FROM_DATA}
+    other = {k: v for k, v in module.hparams.items() if k not in ("seed", "model", "optimizer")}
+    return {"name": config.name, **model, **asdict(module.optimizer_config), **other}
+
+
+def check_length(trainer: dict[str, Any], first_step: int) -> None:
+    """Raise a UserError for settings that Lightning accepts but that train nothing."""
+    for name in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
+        check_positive(trainer, name, endless=name in ("max_steps", "max_epochs"))
+    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
+        check_positive(trainer, name)
+    if 0 < (trainer.get("max_steps") or 0) <= first_step:
+        raise UserError(
+            f"this run has done its {first_step:,} steps; train further with "
+            f"--trainer.max_steps={2 * first_step}"
         )
-    if re.search("spawn|fork|notebook", str(config.strategy)):
-        raise ValueError(
-            f"--trainer.strategy={config.strategy} is for notebooks: its processes' results do not "
-            "come back to a command; use --trainer.strategy=ddp"
+    if trainer.get("overfit_batches"):
+        number = trainer["overfit_batches"]
+        raise UserError(
+            f"--trainer.overfit_batches={number} would replace the order of the windows; use "
+            f"--data.overfit_batches={number}"
         )
-    if config.overfit_batches:
-        raise ValueError(
-            f"--trainer.overfit_batches={config.overfit_batches} would replace the order of the "
-            f"windows; use --data.overfit_batches={config.overfit_batches}"
+    if trainer.get("strategy") in NOTEBOOK_STRATEGIES:
+        raise UserError(
+            f"--trainer.strategy={trainer['strategy']} is for notebooks: the results of its "
+            "processes do not return to this command; use --trainer.strategy=ddp"
         )
 
 
-def explain(message: str, argv: list[str], flags: Any) -> str:
-    """A parser's message, with the nearest right name for a mistyped flag or key."""
-    following = [*argv[1:], ""]
-    configs = [
-        b if "=" not in a else a.partition("=")[2]
-        for a, b in zip(argv, following, strict=True)
-        if re.match(r"(-c|--config)(=|$)", a)
-    ]
-    where = f"--config={', '.join(configs)}: " if any(configs) else ""
-    if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message, re.IGNORECASE):
-        return f"{found[1]} is no flag{nearest(found[1], flags)}"
-    if found := re.search(r"does not accept option '([\w.]+)'", message):
-        key = f"--{found[1]}"
-        return f"{where}{found[1]} is no setting{nearest(key, flags).replace('--', '')}"
-    if found := re.search(r'Parser key "([\w.]+)":', message):
-        if found[1] == "config":
-            return message.replace(found[0], "--config:", 1)
-        given = any(re.match(rf"--{re.escape(found[1])}(=|$)", arg) for arg in argv)
-        where = "" if given else where
-        kinds = re.findall(
-            r"Expected an? (?:<class '|typing\.Literal\[)?(.+?)(?:'>|\]|\n|$)", message
+def check_positive(trainer: dict[str, Any], name: str, endless: bool = False) -> None:
+    value = trainer.get(name)
+    if isinstance(value, int | float) and value <= 0 and not (endless and value == -1):
+        raise UserError(f"--trainer.{name}={value} must be above 0")
+
+
+def choose_trainer_settings(
+    parser: ArgumentParser,
+    command: str,
+    settings: Settings,
+    data: TextDataModule,
+    module: GPTModule,
+) -> str:
+    """Complete the Trainer's settings; returns the reason for the precision, in brackets."""
+    trainer = settings["trainer"]
+    for name, value in TRAINER_DEFAULTS.items():
+        trainer.setdefault(name, value)
+    if command != "fit":
+        return ""
+    device, world_size = probe_hardware(parser, trainer)
+    accumulate = trainer.get("accumulate_grad_batches") or 1
+    if trainer.get("max_steps") is None and trainer.get("max_epochs") is None:
+        trainer["max_steps"] = choose_steps(data, world_size * accumulate)
+    interval = trainer.get("val_check_interval")
+    if interval is None and trainer.get("check_val_every_n_epoch") is None:
+        steps = trainer.get("max_steps", -1)
+        steps = VALIDATION_STEPS if steps < 1 else max(1, min(VALIDATION_STEPS, steps // 4))
+        trainer["val_check_interval"] = interval = steps * accumulate
+    if "check_val_every_n_epoch" not in trainer:
+        # null counts batches over the whole run; a fraction is one of an epoch
+        trainer["check_val_every_n_epoch"] = None if isinstance(interval, int) else 1
+    batches = data.batches_per_epoch(world_size, accumulate)
+    if trainer["check_val_every_n_epoch"] and isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
+            "epoch; with --trainer.check_val_every_n_epoch give a fraction of an epoch, up to 1.0"
         )
-        value = re.search(r"(?:Got|Given) value: (.*)", message)
-        if kinds and value:
-            kinds = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
-            return f"{where}--{found[1]}={value[1]}: expected {kinds}"
-        return where + message.replace(found[0], f"--{found[1]}:", 1)
-    if "Unexpected config:" in message:
-        return f"{where}no mapping of settings, such as  model: {{n_layer: 6}}"
-    return where + message
+    if trainer.get("precision") is None:
+        width = getattr(module.config, "n_embd", 0)
+        trainer["precision"], reason = choose_precision(device, width)
+        return f" ({reason})"
+    return ""
+
+
+def choose_steps(data: TextDataModule, batches_per_step: int) -> int:
+    """Steps of a run whose length is not given: 1,000, or three epochs of a shorter text."""
+    if data.hparams.overfit_batches:
+        return STEPS
+    tokens = sum(stop - start for start, stop in data.train_spans)
+    tokens_per_step = data.hparams.batch_size * data.hparams.block_size * batches_per_step
+    steps = EPOCHS * tokens // tokens_per_step // 4 * 4  # four validations at equal distances
+    return min(STEPS, max(FEWEST_STEPS, steps))
+
+
+def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str, int]:
+    """Device type and number of processes of a Trainer with these settings."""
+    names = ("accelerator", "devices", "num_nodes", "strategy")
+    chosen = {name: trainer[name] for name in names if name in trainer}
+    probe = build_trainer(parser, {**chosen, "barebones": True}, None, None)
+    return probe.strategy.root_device.type, probe.world_size
+
+
+def build_trainer(
+    parser: ArgumentParser,
+    settings: dict[str, Any],
+    callbacks: list[Callback] | None,
+    logger: TensorBoardLogger | None,
+) -> Trainer:
+    """The Trainer, with the user's own objects built from their settings.
+
+    Raises:
+        UserError: for settings that the Trainer rejects.
+    """
+    namespace = parser.parse_object({"trainer": settings}, defaults=False)
+    # errors of a user's own class keep their traceback, so its objects are built out here
+    values = vars(parser.instantiate(namespace).trainer)
+    if callbacks is not None:
+        given = values.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if any(isinstance(callback, ProgressBar) for callback in given):
+            callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+        values["callbacks"] = [*callbacks, *given]
+        values["plugins"] = values.get("plugins") or [AtomicCheckpointIO()]
+        if values.get("logger") in (None, True):
+            values["logger"] = logger or False
+    try:
+        return Trainer(**values)
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        flags = " ".join(f"--trainer.{name}={value}" for name, value in settings.items())
+        raise UserError(f"{error} ({flags})") from error
+
+
+def own_callbacks(
+    command: str, settings: Settings, bar: ProgressBar | None, precision_reason: str
+) -> list[Callback]:
+    """Ours; the module adds `TrainingMetrics`."""
+    trainer = settings["trainer"]
+    callbacks: list[Callback] = []
+    if trainer.get("enable_progress_bar", True) and not trainer.get("barebones"):
+        callbacks.append(bar or RunProgressBar())
+    if command != "fit":
+        return callbacks
+    callbacks.append(Introduction(settings, precision_reason))
+    with flags_of("sample"):
+        callbacks.append(GenerateText(**settings["sample"]))
+    if trainer.get("enable_checkpointing", True) and not trainer.get("barebones"):
+        with flags_of("checkpoint"):
+            callbacks.append(BestAndLast(**settings["checkpoint"]))
+    return callbacks
+
+
+def default_logger(
+    trainer: dict[str, Any], resumed: Path | None, folder: Path | None, first_step: int
+) -> TensorBoardLogger | None:
+    """TensorBoard's, in the folder of the resumed run, in `folder`, or in a new one."""
+    if trainer.get("logger", True) not in (None, True) or trainer.get("fast_dev_run"):
+        return None
+    if trainer.get("barebones"):
+        return None
+    folder = resumed or folder
+    if folder is None and rank_zero_only.rank == 0:
+        folder = new_run_folder(Path(trainer.get("default_root_dir") or ".") / LOGS)
+    return TensorBoardLogger(
+        folder.parent.parent if folder else trainer.get("default_root_dir") or ".",
+        name=folder.parent.name if folder else LOGS,
+        version=folder.name if folder else None,
+        default_hp_metric=False,
+        purge_step=first_step + 1,  # hides what a killed run logged after its checkpoint
+        flush_secs=10,
+    )
+
+
+def new_run_folder(parent: Path) -> Path:
+    """Create the next free `version_N`; two runs that start at once get different ones."""
+    make_folder(parent)
+    for number in count():
+        folder = parent / f"version_{number}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
+
+
+class Introduction(Callback):
+    """Prints what the run is about to do, and stores its settings as config.yaml."""
+
+    def __init__(self, settings: Settings, precision_reason: str):
+        self.settings, self.precision_reason = settings, precision_reason
+
+    def on_fit_start(self, trainer: Trainer, module: GPTModule) -> None:
+        folder = trainer.log_dir  # all processes have to ask
+        module.print(introduction(trainer, module, module.data, self.precision_reason))
+        if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        settings = {k: v for k, v in self.settings.items() if k != "ckpt_path"}
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        path = Path(folder) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:  # of the run it resumes
+            path = path.with_name(f"config-step{trainer.global_step}.yaml")
+        path.write_text(text, encoding="utf-8")
+
+
+def fit(run: Run) -> None:
+    trainer, module, data = run.trainer, run.module, run.data
+    keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+    with flags_of("sample"):
+        check_prompt(run)
+    began = time.perf_counter()
+    try:
+        trainer.fit(module, data, ckpt_path=run.path)
+    except Interrupted:
+        raise
+    except SystemExit:  # how Lightning ends at a second Ctrl-C
+        raise KeyboardInterrupt from None
+    except BaseException as error:
+        advice = resume_advice(keeper)
+        if isinstance(error, UserError):
+            raise UserError(f"{error}{advice}", error.field) from error
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            reduce = "reduce --data.batch_size, --data.block_size or the model"
+            raise UserError(f"out of memory: {reduce} ({error}){advice}") from error
+        if advice and rank_zero_only.rank == 0:
+            print(advice.removeprefix(". "), flush=True)
+        raise
+    if trainer.fast_dev_run:
+        return
+    if trainer.global_step == run.first_step:
+        raise UserError(
+            "no step was taken: --trainer.max_epochs or --trainer.max_time has been reached"
+        )
+    if trainer.is_global_zero:
+        seconds = time.perf_counter() - began
+        print(closing_table(trainer, module, data, seconds, run.first_step), flush=True)
+
+
+def resume_advice(keeper: BestAndLast | None) -> str:
+    """Which step is saved, and the command that resumes from it."""
+    if keeper is None or keeper.newest is None:
+        return ""
+    path, step = keeper.newest
+    return f". Step {step:,} is saved; resume with: {resume_command(path)}"
+
+
+def check_prompt(run: Run) -> None:
+    prompt = run.settings["sample"].get("prompt", "")
+    try:
+        run.data.tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"prompt: {error}", field="prompt") from error
+
+
+def validate(run: Run) -> None:
+    """`validate` and `test`: the exact loss, which the Trainer prints as a table."""
+    evaluate = run.trainer.test if run.command == "test" else run.trainer.validate
+    evaluate(run.module, run.data, ckpt_path=run.path)
+
+
+def predict(run: Run) -> None:
+    """Write the cost in nats of each held-out token to `predictions.npz`."""
+    folder = Path(run.trainer.default_root_dir)
+    make_folder(folder)
+    names = (f"predictions{n and f'-{n}' or ''}.npz" for n in count())
+    path = next(folder / name for name in names if not (folder / name).exists())
+    writer = PredictionFile(path)
+    run.trainer.callbacks.append(writer)
+    run.trainer.predict(run.module, run.data, ckpt_path=run.path, return_predictions=False)
+    if not writer.count:
+        raise UserError("--trainer.limit_predict_batches=0 leaves nothing to predict")
+    print(f"{writer.count:,} tokens, {writer.mean:.4f} nats each: {path} (ids, nats)")

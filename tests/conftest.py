@@ -1,7 +1,10 @@
+"""Fixtures that several test files use."""
+
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from gpt_lightning.cli import main
 
 TEXT = "To be, or not to be: that is the question;\nwhether 'tis nobler in the mind.\n" * 20
-TINY = (  # flags of a run that takes a moment
+TINY = (  # flags of a run that takes about a second
     "--data.corpus=text.txt",
     "--data.block_size=8",
     "--data.batch_size=4",
@@ -23,7 +26,7 @@ TINY = (  # flags of a run that takes a moment
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
-    """No test reads or fills the user's cache; the embedded corpus is written once for all."""
+    """A cache of its own, so that tests leave the user's alone; all tests share it."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT_LIGHTNING_CACHE", str(folder))
@@ -32,7 +35,7 @@ def session_cache(tmp_path_factory):
 
 @pytest.fixture
 def cli(tmp_path):
-    """The real command line: `cli("fit", "--trainer.max_steps=1", cwd=folder)`."""
+    """Run the command line in a new process: `cli("fit", "--trainer.max_steps=1", cwd=folder)`."""
 
     def run(*argv, cwd=tmp_path, timeout=120, env=None):
         root = Path(__file__).parent.parent
@@ -57,6 +60,7 @@ def cli(tmp_path):
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
+    """The folder that `trained` copies; tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -68,5 +72,19 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path):
-    """A folder of one's own with `text.txt` and a run of TINY on it in `lightning_logs`."""
+    """A folder with `text.txt` and a run of `fit` with TINY on it in `lightning_logs`."""
     return Path(shutil.copytree(trained_once, tmp_path / "trained"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """A folder with the contents of a wheel that is built from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(
+        build, cwd=Path(__file__).parent.parent, check=True, capture_output=True, timeout=120
+    )
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder / "contents")
+    return folder / "contents"

@@ -1,4 +1,4 @@
-"""The commands as a user types them, when all is well."""
+"""The commands as a user types them."""
 
 import re
 import shutil
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from gpt_lightning.cli import main
-from gpt_lightning.lightning_cli import as_it_was
-from gpt_lightning.training.callbacks import RunBar
+from gpt_lightning.training.callbacks import RunProgressBar
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -35,7 +34,7 @@ def run(*argv: str) -> int:
     return ended.value.code
 
 
-def test_generate_needs_the_checkpoint_file_alone(trained, tmp_path, cli):
+def test_generate_needs_only_the_checkpoint_file(trained, tmp_path, cli):
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(trained / "lightning_logs/version_0/checkpoints/best.ckpt", empty / "mine.ckpt")
@@ -111,7 +110,7 @@ def test_any_language_trains_and_generates(
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
-def test_text_is_written_in_each_precision(trained, monkeypatch, capsys, precision):
+def test_text_is_generated_in_each_precision(trained, monkeypatch, capsys, precision):
     monkeypatch.chdir(trained)
     assert run("generate", f"--precision={precision}", "--max_new_tokens=20", "--prompt=to") == 0
     out = capsys.readouterr().out
@@ -122,9 +121,9 @@ def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch,
     monkeypatch.chdir(trained)
     before = sorted(p.name for p in (trained / "lightning_logs").iterdir())
     assert run("validate", "--ckpt_path=last") == 0
-    assert "val/loss" in capsys.readouterr().out
+    assert "loss/val" in capsys.readouterr().out
     assert run("test", "--ckpt_path=last") == 0
-    assert "test/loss" in capsys.readouterr().out
+    assert "loss/test" in capsys.readouterr().out
     assert run("predict", "--ckpt_path=last") == 0
     assert run("predict", "--ckpt_path=last") == 0  # beside the first, not over it
     with np.load("predictions.npz") as one, np.load("predictions-1.npz") as two:
@@ -136,7 +135,7 @@ def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch,
     assert sorted(p.name for p in (trained / "lightning_logs").iterdir()) == before
 
 
-def test_validate_takes_another_text_in_the_same_vocabulary(trained, monkeypatch, capsys):
+def test_validate_accepts_another_text_in_the_same_vocabulary(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     (trained / "other.txt").write_text("that is the mind: to be the question\n" * 20)
     assert run("validate", "--data.corpus=other.txt") == 0
@@ -149,12 +148,12 @@ def test_validate_takes_another_text_in_the_same_vocabulary(trained, monkeypatch
 def test_help_names_every_flag_that_people_type(capsys):
     assert run("fit", "--help") == 0
     text = capsys.readouterr().out
-    data = ["corpus", "tokenizer", "block_size", "batch_size", "sampling", "split", "num_workers"]
+    data = ["corpus", "tokenizer", "block_size", "batch_size", "sampling", "split"]
     model = ["n_layer", "n_head", "n_embd", "dropout", "bias", "learning_rate", "weight_decay"]
     flags = [f"--data.{name}" for name in data] + [f"--model.{name}" for name in model]
     for flag in [*flags, "--checkpoint.every_n_train_steps", "--sample.prompt", "--ckpt_path"]:
         assert flag in text, flag
-    assert "attention heads in each block" in text  # fields are described, though written once
+    assert "attention heads in each block" in " ".join(text.split())  # fields are described, though written once
     assert run("--help") == 0
     assert "generate" in capsys.readouterr().out
 
@@ -177,7 +176,7 @@ SHAPE = ("--data.block_size=8", "--data.batch_size=4", "--model.n_layer=1", "--m
 @pytest.mark.parametrize(
     "chars, flags, steps",
     [
-        (500, [], 40),  # 450 to train on, 32 a step: 42 steps in three rounds
+        (500, [], 40),  # 450 to train on, 32 a step: 42 steps in three epochs
         (800, [], 64),  # 67
         (800, ["--trainer.accumulate_grad_batches=2"], 40),
         (800, ["--data.batch_size=2"], 132),  # 135
@@ -187,7 +186,7 @@ SHAPE = ("--data.block_size=8", "--data.batch_size=4", "--model.n_layer=1", "--m
         (400_000, [], 1000),
     ],
 )
-def test_a_run_of_which_nobody_says_how_long_goes_three_times_through_a_short_text(
+def test_default_length_is_three_epochs_of_a_short_text(
     chars, flags, steps, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -198,13 +197,13 @@ def test_a_run_of_which_nobody_says_how_long_goes_three_times_through_a_short_te
         ends.append(int(module.decay_steps))
         trainer.should_stop = True
 
-    monkeypatch.setattr(RunBar, "on_train_batch_start", stop_at_once)
+    monkeypatch.setattr(RunProgressBar, "on_train_batch_start", stop_at_once)
     quick = ["--trainer.accelerator=cpu", "--sample.every_n_steps=0", "--trainer.precision=32-true"]
     run("fit", "--data.corpus=a.txt", *SHAPE, *quick, *flags)
     assert set(ends) == {steps}
 
 
-def test_a_short_run_is_validated_four_times_and_writes_twice(tmp_path, monkeypatch, capsys):
+def test_a_short_run_is_validated_four_times_and_sampled_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("to be or not to be\n" * 42)
     assert run("fit", "--data.corpus=a.txt", *SHAPE, "--trainer.accelerator=cpu") == 0
@@ -212,7 +211,7 @@ def test_a_short_run_is_validated_four_times_and_writes_twice(tmp_path, monkeypa
     assert "batch 4 x 8, 64 steps" in out
     assert re.findall(r"^step (\d+)  train", out, re.M) == ["16", "32", "48", "64"]
     assert re.findall(r"-- step (\d+) --", out) == ["32", "64"]
-    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=66") == 0  # goes on where it ended
+    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=66") == 0
 
 
 def test_the_last_step_of_a_run_measured_in_epochs_is_validated(tmp_path, monkeypatch, capsys):
@@ -232,18 +231,3 @@ def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("fit", "--data.corpus=playwright:3:9000", *QUICK, "--trainer.fast_dev_run=2") == 0
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_a_checkpoint_from_before_there_was_a_choice_goes_on_as_it_was():
-    model = {"name": "lecture", "learning_rate": 1e-3, "min_lr": None}
-    stored = as_it_was({"model": model, "trainer": {"precision": None}})
-    assert stored["model"]["optimizer"] == "adamw" and stored["model"]["schedule"] == "cosine"
-    assert stored["model"]["min_lr"] == 1e-4 and stored["trainer"]["precision"] == "32-true"
-    assert stored["model"]["look_ahead"] == 0
-    assert stored["model"]["embedding_weight_decay"] == 0.0
-    assert stored["model"]["n_gram"] is None
-    stored = as_it_was({"model": {"name": "gpt", "optimizer": "muon", "look_ahead": 1}})
-    assert stored["model"]["n_gram"] == 2
-    model = {"optimizer": "muon", "min_lr": 0.0, "look_ahead": 1, "n_gram": None}
-    new = {"model": model, "trainer": {"precision": "bf16-mixed"}}
-    assert as_it_was(dict(new)) == new and as_it_was({}) == {}

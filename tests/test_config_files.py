@@ -1,14 +1,14 @@
-"""Configs that start from others: what a chain amounts to, and that the lecture's is one."""
+"""Configs found by path or name, and configs based on others."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from gpt_lightning.cli import main
-from gpt_lightning.config_files import chain, expand_configs
+from gpt_lightning.config_files import CONFIGS, expand_configs, find_config, load_config
+from gpt_lightning.errors import UserError
 
-LECTURE = sorted((Path(__file__).parent.parent / "configs/lecture").glob("*.yaml"))
+LECTURE = sorted((CONFIGS / "lecture").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -17,207 +17,148 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(path: str, **settings) -> str:
+def write(path: str, **settings) -> Path:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
+    return Path(path)
 
 
-def loaded(part: str) -> dict:
-    return yaml.safe_load(Path(part).read_text("utf-8") if part.endswith(".yaml") else part)
-
-
-def flat(settings: dict, above: str = "") -> dict:
+def flat(settings: dict, prefix: str = "") -> dict:
     """{"model": {"n_layer": 1}} -> {"model.n_layer": 1}"""
     found = {}
     for key, value in settings.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        nested = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        found |= {prefix + key: value} if nested is None else nested
     return found
 
 
-# --- chains ---------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
-def test_a_chain_is_the_oldest_file_first():
-    write("a.yaml", model={"n_layer": 1})
+@pytest.mark.parametrize("name", ["lecture/08_residual", "lecture/08_residual.yaml", "laptop"])
+def test_a_shipped_config_is_found_by_name_from_any_folder(name):
+    assert find_config(name) == (CONFIGS / name).with_suffix(".yaml")
+
+
+def test_a_file_is_found_by_its_path_and_wins_over_a_shipped_name(folder, monkeypatch):
+    write("laptop.yaml")
+    assert find_config("laptop.yaml") == Path("laptop.yaml")
+    assert find_config(str(folder / "laptop.yaml")) == folder / "laptop.yaml"
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    assert find_config("~/laptop.yaml") == folder / "laptop.yaml"
+
+
+@pytest.mark.parametrize(
+    "name, suggestion",
+    [
+        ("lecture/08_residuals", "lecture/08_residual"),
+        ("configs/cpu/minutes_5.yaml", "cpu/minutes_5"),
+        ("mine.yaml", None),
+        ("", None),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_suggests_the_nearest(name, suggestion):
+    with pytest.raises(UserError) as error:
+        find_config(name)
+    assert error.value.field == "config" and str(error.value).startswith(f"config={name}: no such")
+    assert str(error.value).endswith(f"did you mean {suggestion}?" if suggestion else "that name")
+
+
+# --- bases ----------------------------------------------------------------------------------------
+
+
+def test_a_config_overrides_its_base_setting_by_setting():
+    write("a.yaml", model={"n_layer": 1, "n_head": 1}, trainer={"precision": "32-true"})
     write("b.yaml", base="a.yaml", model={"n_layer": 2})
-    write("c.yaml", base="b.yaml", model={"n_layer": 3})
-    parts = chain("c.yaml")
-    assert parts[0] == "a.yaml"
-    assert [loaded(part) for part in parts] == [{"model": {"n_layer": n}} for n in (1, 2, 3)]
+    c = write("c.yaml", base="b.yaml", model={"n_embd": 3}, trainer={"precision": None})
+    expected = {"model": {"n_layer": 2, "n_head": 1, "n_embd": 3}, "trainer": {"precision": None}}
+    assert load_config(c) == expected
 
 
-def test_a_base_is_found_from_the_folder_of_its_file(folder):
-    write("far/shared/a.yaml", model={"n_layer": 1})
-    write("far/mine/b.yaml", base="../shared/a.yaml", model={"n_layer": 2})
-    for path in ("far/mine/b.yaml", str(folder / "far/mine/b.yaml")):
-        assert [loaded(part)["model"]["n_layer"] for part in chain(path)] == [1, 2]
-    write("c.yaml", base=str(folder / "far/shared/a.yaml"))  # or by its whole path
-    assert [loaded(part) for part in chain("c.yaml")] == [{"model": {"n_layer": 1}}, {}]
+def test_a_base_is_relative_to_its_config_or_a_shipped_name(folder):
+    write("far/shared/a.yaml", model={"n_layer": 7})
+    b = write("far/mine/b.yaml", base="../shared/a.yaml")
+    assert load_config(b) == load_config(folder / b) == {"model": {"n_layer": 7}}
+    mine = load_config(write("c.yaml", base="cpu/minutes_5", model={"n_layer": 7}))
+    shipped = load_config(find_config("cpu/minutes_5"))
+    assert mine == {**shipped, "model": {**shipped["model"], "n_layer": 7}}
+
+
+@pytest.mark.parametrize("base", ["absent.yaml", ".", 7, ["a.yaml"]])
+def test_a_missing_base_is_an_error_that_names_both_files(base):
+    with pytest.raises(UserError) as error:
+        load_config(write("b.yaml", base=base))
+    assert str(error.value).startswith(f"config=b.yaml: base: {base}: no such file")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_base_that_leads_back_to_itself_is_an_error(length):
+    for n in range(length):
+        write(f"{n}.yaml", base=f"../{Path.cwd().name}/{(n + 1) % length}.yaml")
+    for start in (Path("0.yaml"), write("start.yaml", base="0.yaml")):
+        with pytest.raises(UserError, match=f"config={start}: base: .* leads back to itself"):
+            load_config(start)
+
+
+@pytest.mark.parametrize("content", [b"base: [plain.yaml", b"base: \xff\xfe", b"- base", b"text"])
+def test_a_file_that_is_no_mapping_is_an_error_in_one_line(content):
+    Path("broken.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="config=broken.yaml") as error:
+        load_config(Path("broken.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_file_changes_nothing():
+    Path("empty.yaml").write_text("# nothing\n")
+    assert load_config(Path("empty.yaml")) == {}
+
+
+# --- on the command line --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags", [["--config", "b.yaml"], ["--config=b.yaml"], ["-c", "b.yaml"], ["-c=b.yaml"]]
 )
-def test_each_way_to_give_a_config_is_expanded(flags):
-    write("a.yaml", model={"n_layer": 1})
+def test_every_spelling_of_the_flag_is_expanded(flags):
+    write("a.yaml", model={"n_layer": 1, "n_head": 3})
     write("b.yaml", base="a.yaml", model={"n_layer": 2})
-    flag = flags[0].removesuffix("=b.yaml")
-    found = expand_configs(["fit", "--model.n_head=2", *flags, "--trainer.max_steps", "5"])
-    assert found[:2] == ["fit", "--model.n_head=2"]
-    assert found[2:5] == [flag, "a.yaml", flag] and loaded(found[5]) == {"model": {"n_layer": 2}}
-    assert found[6:] == ["--trainer.max_steps", "5"]
+    argv = expand_configs(["fit", "--model.n_head=2", *flags, "--trainer.max_steps", "5"])
+    assert argv[:2] == ["fit", "--model.n_head=2"] and argv[3:] == ["--trainer.max_steps", "5"]
+    settings = yaml.safe_load(argv[2].removeprefix("--config="))
+    assert settings == {"model": {"n_layer": 2, "n_head": 3}}
 
 
 def test_configs_keep_their_order():
-    write("a.yaml", model={"n_layer": 1})
-    write("b.yaml", base="a.yaml", model={"n_layer": 2})
-    write("plain.yaml", model={"n_layer": 3})
-    write("d.yaml", base="a.yaml", model={"n_layer": 4})
-    argv = ["--config", "b.yaml", "--config=plain.yaml", "--config", "d.yaml"]
-    parts = expand_configs(argv)
-    assert parts[::2] == ["--config"] * 5
-    assert [loaded(part)["model"]["n_layer"] for part in parts[1::2]] == [1, 2, 3, 1, 4]
-
-
-def test_two_files_may_share_a_base():
-    """A base that comes twice is no circle."""
-    write("a.yaml", model={"n_layer": 1})
+    a = write("a.yaml", model={"n_layer": 1})
     write("b.yaml", base="a.yaml")
-    write("c.yaml", base="a.yaml")
-    assert len(expand_configs(["-c", "b.yaml", "-c", "c.yaml"])) == 8
+    argv = expand_configs(["--config", "b.yaml", "--config=a.yaml", "--config", "laptop"])
+    settings = [yaml.safe_load(arg.removeprefix("--config=")) for arg in argv]
+    assert settings == [load_config(a), load_config(a), load_config(CONFIGS / "laptop.yaml")]
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["fit", "--config", "plain.yaml"],
-        ["fit", "--config", "absent.yaml"],
-        ["fit", "--config", "broken.yaml"],
-        ["fit", "--config", "bytes.yaml"],
-        ["fit", "--config", "list.yaml"],
-        ["fit", "--config", "empty.yaml"],
-        ["fit", "--config", "."],
-        ["fit", "--config", "model: {n_layer: 1}"],
-        ["fit", "--config", "model: {n_layer: 1}\n" * 500],  # no file has so long a name
-        ["fit", "--config", "", "--model.n_layer=1"],
-        ["fit", "--config"],
-        ["fit", "--sample.prompt", "base: plain.yaml"],
-    ],
-    ids=lambda argv: " ".join(argv)[:40],
-)
-def test_what_is_no_file_with_a_base_is_left_to_the_parser(argv):
-    write("plain.yaml", model={"n_layer": 1})
-    Path("broken.yaml").write_text("base: [plain.yaml")
-    Path("bytes.yaml").write_bytes(b"base: \xff\xfe")
-    Path("list.yaml").write_text("- base")
-    Path("empty.yaml").write_text("")
+def test_other_arguments_are_left_alone():
+    argv = ["fit", "--sample.prompt", "base: plain.yaml", "--ckpt_path=last"]
     assert expand_configs(argv) == argv
-
-
-def test_a_file_without_a_base_is_given_on_as_it_is():
-    write("plain.yaml", model={"n_layer": 1})
-    assert chain("plain.yaml") == ["plain.yaml"]
-    for flags in (["--config", "plain.yaml"], ["--config=plain.yaml"]):
-        assert expand_configs(flags) == ["--config", "plain.yaml"]
-
-
-@pytest.mark.parametrize("base", ["absent.yaml", ".", 7, ["plain.yaml"], None])
-def test_an_absent_base_is_refused_in_one_line_that_names_both_files(base):
-    write("b.yaml", base=base)
-    with pytest.raises(ValueError) as error:
-        expand_configs(["fit", "--config=b.yaml"])
-    message = str(error.value)
-    assert "\n" not in message and message.startswith("--config=b.yaml: base: ")
-    assert message.endswith(f"{Path(str(base))}: no such file")
-
-
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_circle_is_refused_in_one_line(length):
-    for n in range(length):
-        write(f"{n}.yaml", base=f"../{Path.cwd().name}/{(n + 1) % length}.yaml")
-    write("into_it.yaml", base="0.yaml")
-    for start in ("0.yaml", "into_it.yaml"):
-        with pytest.raises(ValueError) as error:
-            expand_configs(["fit", "--config", start])
-        assert "\n" not in str(error.value)
-        assert str(error.value).endswith("is based on this file itself")
 
 
 # --- the lecture's chain --------------------------------------------------------------------------
 
 
-def test_every_rung_is_based_on_the_one_below_it():
-    assert len(LECTURE) == 13
-    bases = [loaded(str(path)).get("base") for path in LECTURE]
-    assert bases == [None, *(path.name for path in LECTURE[:-1])]
-    assert [len(chain(str(path))) for path in LECTURE] == list(range(1, 14))
+def test_every_rung_is_based_on_the_one_before_it():
+    bases = [yaml.safe_load(path.read_text(encoding="utf-8")).get("base") for path in LECTURE]
+    assert len(LECTURE) == 13 and bases == [None, *(path.name for path in LECTURE[:-1])]
 
 
-@pytest.mark.parametrize("path", LECTURE[1:], ids=lambda path: path.stem)
-def test_a_rung_holds_only_what_it_changes(path):
-    *below, own = chain(str(path))
-    before = {}
-    for part in below:
-        before |= flat(loaded(part))
-    own = flat(loaded(own))
-    assert own
-    assert {key: value for key, value in own.items() if before.get(key, ...) == value} == {}
+@pytest.mark.parametrize("below, path", list(zip(LECTURE, LECTURE[1:], strict=False)))
+def test_a_rung_holds_only_what_it_changes(below, path):
+    own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    own.pop("base")
+    before = flat(load_config(below))
+    assert own and {k: v for k, v in flat(own).items() if before.get(k, ...) == v} == {}
 
 
 @pytest.mark.parametrize("path", LECTURE, ids=lambda path: path.stem)
 def test_a_rung_begins_with_its_title_and_its_reason(path):
     title, colon, reason = path.read_text(encoding="utf-8").partition("\n")[0].partition(": ")
-    assert title.startswith("# ") and title[2].isupper() and colon
-    assert reason.endswith(".")
-
-
-# --- through the command --------------------------------------------------------------------------
-
-
-def fit(*flags: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["fit", *flags])
-    return ended.value.code
-
-
-def test_flags_beat_a_file_and_a_file_beats_its_base(folder):
-    Path("text.txt").write_text("To be, or not to be: that is the question.\n" * 20)
-    write(
-        "configs/base.yaml",
-        data={"corpus": "text.txt", "block_size": 8, "batch_size": 4},
-        model={"n_layer": 1, "n_head": 1, "n_embd": 8, "dropout": 0.1},
-        trainer={"max_steps": 2, "accelerator": "cpu"},
-    )
-    mine = "base: base.yaml\nmodel:\n  n_embd: 16\n  n_head: 2\n  learning_rate: 1e-3\n"
-    Path("configs/mine.yaml").write_text(mine)
-    assert fit("--model.n_head=4", "--config=configs/mine.yaml", "--model.dropout=0.2") == 0
-    kept = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())
-    expected = {"n_layer": 1, "n_embd": 16, "learning_rate": 0.001, "dropout": 0.2}
-    assert {key: kept["model"][key] for key in expected} == expected
-    assert kept["model"]["n_head"] == 2  # a config overrides the flags before it
-    assert kept["data"]["block_size"] == 8 and kept["trainer"]["max_steps"] == 2
-
-
-def test_an_absent_base_ends_in_one_line_and_exit_code_2(capsys):
-    write("mine.yaml", base="absent.yaml", model={"n_layer": 1})
-    assert fit("--config", "mine.yaml") == 2
-    found = capsys.readouterr()
-    assert found.err == "error: --config=mine.yaml: base: absent.yaml: no such file\n"
-    assert found.out == "" and not Path("lightning_logs").exists()
-
-
-def test_a_mistyped_key_names_the_file_that_was_given(capsys):
-    write("a.yaml", model={"n_layer": 1})
-    write("mine.yaml", base="a.yaml", model={"n_heads": 1})
-    assert fit("--config", "mine.yaml") == 2
-    message = "--config=mine.yaml: model.n_heads is no setting; did you mean model.n_head?"
-    assert capsys.readouterr().err == f"error: {message}\n"
-
-
-def test_what_a_file_with_a_base_says_is_kept_to_the_letter(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "low.yaml").write_text("model: {n_layer: 1}\n")
-    rest = 'sample:\n  prompt: "1e-3"   # text, for its quotes\nmodel: {learning_rate: 1e-3}\n'
-    (tmp_path / "high.yaml").write_text("base: low.yaml\n" + rest)
-    assert chain("~/high.yaml") == [str(tmp_path / "low.yaml"), rest]
+    assert title.startswith("# ") and title[2].isupper() and colon and reason.endswith(".")

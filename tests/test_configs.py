@@ -1,13 +1,16 @@
-"""Every shipped config parses and takes training steps, a validation and a sample."""
+"""Every shipped config holds only differences, and trains, validates and generates a sample."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from gpt_lightning import GPTModule, OptimizerConfig, TextDataModule
 from gpt_lightning.cli import main
+from gpt_lightning.config_files import CONFIGS, load_config, read_mapping
+from gpt_lightning.model import CONFIGS as MODELS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted(CONFIGS.glob("debug/*.yaml"))
 WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
 QUICK = [
@@ -39,26 +42,69 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
-def test_config_trains_validates_and_samples(path, capsys, tmp_path):
+def test_config_holds_only_what_differs_from_base_and_defaults(path):
+    own = read_mapping(path)
+    base = load_config(path.parent / own["base"]) if "base" in own else {}
+    model = MODELS[load_config(path).get("model", {}).get("name", "gpt")]
+    defaults = {
+        "data": parameters(TextDataModule),
+        "model": {"name": "gpt"}
+        | parameters(GPTModule)
+        | parameters(OptimizerConfig)
+        | parameters(model),
+        "trainer": {"log_every_n_steps": 10, "gradient_clip_val": 1.0, "precision": None},
+    }
+    for section in own.keys() - {"base"}:
+        before = defaults.get(section, {}) | base.get(section, {})
+        repeated = {k for k, v in own[section].items() if k in before and before[k] == v}
+        assert not repeated, f"{section}: {repeated}"
+
+
+def parameters(function) -> dict:
+    """The default of each argument of a function or class."""
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
+def test_config_trains_validates_and_generates(path, capsys, tmp_path):
     assert fit("--config", str(path), "--data.batch_size=4", *QUICK) == 0
     out = capsys.readouterr().out
     assert "step 2  " in out and "final val loss" in out and "- step 2 -" in out
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
 
 
+def test_flags_override_a_config_and_a_config_its_base():
+    Path("base.yaml").write_text("model: {n_layer: 1, n_head: 1, n_embd: 8, dropout: 0.1}\n")
+    Path("mine.yaml").write_text("base: base.yaml\nmodel: {n_embd: 16, learning_rate: 1e-3}\n")
+    assert fit("--config=mine.yaml", "--model.dropout=0.2", "--data.block_size=8", *QUICK) == 0
+    kept = read_mapping(Path("lightning_logs/version_0/config.yaml"))["model"]
+    expected = {"n_layer": 1, "n_embd": 16, "learning_rate": 0.001, "dropout": 0.2}
+    assert {key: kept[key] for key in expected} == expected
+
+
+def test_an_unknown_config_or_key_ends_in_one_line(capsys):
+    Path("mine.yaml").write_text("model: {n_heads: 1}\n")
+    for flag, words in (
+        ("--config=lecture/08_residuals", "did you mean lecture/08_residual?"),
+        ("--config=mine.yaml", "n_heads"),
+    ):
+        assert fit(flag) == 2
+        found = capsys.readouterr()
+        assert found.err.count("\n") == 1 and found.err.startswith("error: ") and words in found.err
+        assert found.out == "" and not Path("lightning_logs").exists()
+
+
 def test_overlays_compose_with_a_config(capsys):
-    laptop = ["--config", str(CONFIGS / "laptop.yaml"), "--data.corpus=playwright:3:9000"]
     small = ["--model.n_layer=1", "--model.n_embd=32", "--trainer.accelerator=cpu"]
-    assert fit(*laptop, "--config", str(CONFIGS / "debug/few_steps.yaml"), *small) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"^steps +10$", out, re.MULTILINE) and "block 128" in out
+    flags = ["--config", "laptop", "--data.corpus=playwright:3:9000", *small]
+    assert fit(*flags, "--config", "debug/few_steps") == 0
+    assert re.search(r"^steps +10$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_overfit_overlay_learns_its_batch_by_heart(capsys):
-    flags = ["--config", str(CONFIGS / "debug/overfit.yaml"), "--data.corpus=playwright:3:9000"]
-    small = ["--data.block_size=16", "--data.batch_size=4", "--model.n_embd=64",
-             "--model.learning_rate=3e-3", "--sample.every_n_steps=0"]  # fmt: skip
-    assert fit(*flags, *small, "--trainer.accelerator=cpu") == 0
+def test_overfit_overlay_memorizes_its_batch(capsys):
+    flags = ["--config=debug/overfit", "--data.corpus=playwright:3:9000", "--data.block_size=16"]
+    small = ["--data.batch_size=4", "--model.n_embd=64", "--model.learning_rate=3e-3"]
+    assert fit(*flags, *small, "--sample.every_n_steps=0", "--trainer.accelerator=cpu") == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("step 300"))
     assert float(line.split("train ")[1].split()[0]) < 0.3
     assert float(line.split("val ")[1].split()[0]) > 2

@@ -1,4 +1,7 @@
+"""TextDataModule: what a batch is, position, ranks, exact validation, sizes that do not fit."""
+
 import math
+import pickle
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -11,12 +14,14 @@ from lightning.pytorch import LightningModule, Trainer
 from gpt_lightning.data import datamodule, tokens
 from gpt_lightning.data.datamodule import (
     BATCHES_AT_ONCE,
-    ExactBatches,
+    ExactLoader,
     TextDataModule,
-    WindowDataset,
+    TrainLoader,
+    gather,
 )
 from gpt_lightning.data.playwright import write_play
 from gpt_lightning.data.tokenizers import CharTokenizer
+from gpt_lightning.errors import UserError
 
 TEXT = "".join(np.random.default_rng(0).choice(list("abcdefghij klmnop\n"), 1000))
 MANY = "Gemüt, θάλασσα, 海, 🙂! " * 50  # characters of one to four bytes
@@ -27,22 +32,32 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
 
 
+def distinct(count: int) -> str:
+    """A text in which the id of each character is its position."""
+    return "".join(map(chr, range(0x4E00, 0x4E00 + count)))
+
+
+def trainer_at(rank=0, world=1, step=0, accumulate=1, device="cpu"):
+    return SimpleNamespace(
+        global_rank=rank,
+        world_size=world,
+        global_step=step,
+        accumulate_grad_batches=accumulate,
+        strategy=SimpleNamespace(root_device=torch.device(device)),
+    )
+
+
 @pytest.fixture
 def make(tmp_path):
-    """A data module of a text; its trainer stands where it is told to."""
+    """A data module for a text, with a trainer in the given position."""
 
-    def make(text=TEXT, rank=0, world=1, step=0, accumulate=1, **settings):
+    def make(text=TEXT, rank=0, world=1, step=0, accumulate=1, stage=None, **settings):
         path = tmp_path / "text.txt"
         path.write_text(text, encoding="utf-8", newline="")
-        settings = dict(corpus=str(path), block_size=8, batch_size=4) | settings
-        data = TextDataModule(**settings)
-        data.trainer = SimpleNamespace(
-            global_rank=rank,
-            world_size=world,
-            global_step=step,
-            accumulate_grad_batches=accumulate,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        )
+        data = TextDataModule(**dict(corpus=str(path), block_size=8, batch_size=4) | settings)
+        data.trainer = trainer_at(rank, world, step, accumulate)
+        data.prepare_data()
+        data.setup(stage)
         return data
 
     return make
@@ -64,12 +79,11 @@ def same(batches, others):
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def refused(make, text=TEXT, **settings) -> str:
-    with pytest.raises(ValueError) as error:
+def error_of(make, text=TEXT, **settings) -> UserError:
+    with pytest.raises(UserError) as error:
         make(text, **settings)
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
+    assert "\n" not in str(error.value)
+    return error.value
 
 
 # --- what a batch is ------------------------------------------------------------------------------
@@ -77,7 +91,7 @@ def refused(make, text=TEXT, **settings) -> str:
 
 @pytest.mark.parametrize("sampling", ["sliding", "random"])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_a_batch_is_pieces_of_the_text_and_the_same_one_token_on(make, sampling, tokenizer):
+def test_targets_are_the_inputs_one_token_further_on(make, sampling, tokenizer):
     data = make(sampling=sampling, tokenizer=tokenizer)
     text = TEXT[: int(0.9 * len(TEXT))]
     for x, y in train(data, 30):
@@ -91,76 +105,75 @@ def test_a_batch_is_pieces_of_the_text_and_the_same_one_token_on(make, sampling,
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "random"])
-def test_batches_are_those_of_a_gather_window_by_window(make, sampling):
+def test_batches_equal_those_gathered_window_by_window(make, sampling):
     data = make(sampling=sampling, split="blocks", val_fraction=0.3)
     ids = [sorted(set(TEXT)).index(c) for c in TEXT]
-    n = 3 * len(data.windows) // 4  # three epochs of them, in batches of four
+    n = 3 * len(data.windows) // 4  # three epochs, in batches of four
     for i, (x, y) in enumerate(train(data, n)):
         starts = data.windows.starts(np.arange(4 * i, 4 * i + 4)).tolist()
         assert x.tolist() == [ids[s : s + 8] for s in starts]
         assert y.tolist() == [ids[s + 1 : s + 9] for s in starts]
 
 
-def test_an_epoch_of_batches_visits_every_character_of_its_stretch_once(make):
-    text = "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))  # no character twice
-    data = make(text, batch_size=1)
+def test_an_epoch_visits_every_character_of_its_stretch_once(make):
+    data = make(distinct(1000), batch_size=1)
     loader = data.train_dataloader()
     seen = torch.cat([x.flatten() for x, _ in loader])
     assert len(loader) == len(data.windows) >= 110
     assert len(seen) == len(seen.unique()) == 8 * len(loader)
     assert sorted(seen.tolist()) == list(range(seen.min(), seen.max() + 1))
-    assert seen.max() < 899  # the 900 of the training part, of which the last is a target alone
+    assert seen.max() < 899  # of 900 characters the last is only a target
 
 
-def test_the_stride_is_block_size_unless_given(make):
+def test_the_stride_is_block_size_by_default(make):
     assert make().windows.stride == 8
     assert make(stride=3).windows.stride == 3
     assert len(make(stride=1).windows) == 900 - 8
 
 
-def test_seeds_have_batches_of_their_own(make):
+def test_batches_depend_on_the_seed(make):
     one, again, other = (train(make(seed=seed), 3) for seed in (1, 1, 2))
     assert same(one, again) and not same(one, other)
+
+
+def test_loaders_work_in_a_plain_loop_without_trainer_or_setup(make, tmp_path):
+    expected = make()
+    data = TextDataModule(str(tmp_path / "text.txt"), block_size=8, batch_size=4)
+    assert same(list(data.train_dataloader()), train(expected, len(data.train_dataloader())))
+    assert same(list(data.val_dataloader()), list(expected.val_dataloader()))
+
+
+def test_construction_reads_nothing():
+    TextDataModule("no/such/file", seed=3)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def test_tokens_are_characters(make):
-    data = make(MANY)
-    assert data.vocab_size == len(set(MANY))
-    assert data.tokenizer.vocabulary == "".join(sorted(set(MANY)))
-    assert data.tokens.dtype == np.uint8 and len(data.tokens) == len(MANY)
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_tokens_are_those_of_the_tokenizer(make, tokenizer):
+    data = make(MANY, tokenizer=tokenizer)
+    assert data.vocab_size == (len(set(MANY)) if tokenizer == "char" else 256)
+    assert data.tokens.dtype == np.uint8 and isinstance(data.tokens, np.memmap)
     assert data.tokenizer.decode(data.tokens) == MANY
 
 
-def test_tokens_of_many_characters_take_the_smallest_type_that_holds_them(make):
-    for size, dtype in [(255, np.uint8), (256, np.uint8), (257, np.uint16)]:
-        text = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
-        data = make(text * 2)
-        assert data.vocab_size == size and data.tokens.dtype == dtype
-
-
-def test_tokens_are_bytes(make):
-    data = make(MANY, tokenizer="byte")
-    assert data.vocab_size == 256 and data.tokens.dtype == np.uint8
-    assert data.tokens.tobytes() == MANY.encode()
-
-
-def test_a_given_vocabulary_replaces_the_text_s_own(make):
+def test_a_given_vocabulary_replaces_that_of_the_text(make):
     data = make("abcab" * 50, vocabulary="cbax")
     assert data.vocab_size == 4 and data.tokens[:5].tolist() == [2, 1, 0, 2, 1]
+    snow = error_of(make, TEXT + "☃" + TEXT, vocabulary="".join(sorted(set(TEXT))))
+    assert "'☃'" in str(snow) and "position 1000" in str(snow)
 
 
 @pytest.mark.parametrize(("split", "fraction"), [("tail", 0.1), ("tail", 0.23), ("blocks", 0.4)])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_predicted_characters_are_counted_apart_from_tokens(make, tokenizer, split, fraction):
+def test_predicted_characters_and_tokens_are_counted(make, tokenizer, split, fraction):
     data = make(MANY * 2, tokenizer=tokenizer, split=split, val_fraction=fraction)
     whole = MANY * 2 if tokenizer == "char" else (MANY * 2).encode()
     assert len(data.val_spans) > (split == "blocks")
     predicted = [whole[start + 1 : stop] for start, stop in data.val_spans]
     assert data.val_tokens == sum(map(len, predicted))
-    if tokenizer == "byte":  # a byte that begins no character is 10xxxxxx
+    if tokenizer == "byte":  # 10xxxxxx continues a character
         predicted = ["".join("c" for byte in piece if byte >> 6 != 2) for piece in predicted]
         assert data.val_tokens > data.val_characters
     assert data.val_characters == sum(map(len, predicted))
@@ -168,13 +181,11 @@ def test_predicted_characters_are_counted_apart_from_tokens(make, tokenizer, spl
 
 @pytest.mark.parametrize("split", ["tail", "blocks"])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_the_floor_is_what_the_held_out_characters_cost(make, split, tokenizer):
+def test_the_floor_is_the_mean_cost_of_the_held_out_characters(make, split, tokenizer):
     data = make(corpus="playwright:7:30000", split=split, tokenizer=tokenizer)
     _, ends, nats = write_play(7, 30_000)
-    ends, nats = ends.tolist(), nats.tolist()
-    # what each character costs: its line's cost in equal shares
-    costs = []
-    for end, cost in zip(ends, nats, strict=True):
+    costs = []  # of each character: an equal share of the cost of its line
+    for end, cost in zip(ends.tolist(), nats.tolist(), strict=True):
         costs += [cost / (end - len(costs))] * (end - len(costs))
     assert len(costs) == len(data.tokens)
     predicted = [costs[i] for a, b in data.val_spans for i in range(a + 1, b)]
@@ -186,21 +197,15 @@ def test_the_floor_is_what_the_held_out_characters_cost(make, split, tokenizer):
 def test_a_text_of_unknown_entropy_has_no_floor(make):
     assert make().val_floor is None
     data = make(corpus="playwright:7:30000", unknown="drop", vocabulary="\nabc")
-    assert data.val_floor is None  # not the corpus's text any more
+    assert data.val_floor is None  # characters are left out, so it is another text
 
 
-# --- loaders --------------------------------------------------------------------------------------
-
-
-def test_batches_are_the_same_with_any_number_of_workers(make):
-    alone, helped = make(step=3), make(step=3, num_workers=2)
-    assert helped.train_dataloader().num_workers == 2
-    assert same(train(alone, 40), train(helped, 40))
+# --- position and ranks ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("step", [1, 7, 30, 100])
-def test_a_loader_that_begins_at_a_step_goes_on_as_if_never_interrupted(make, step, accumulate):
+def test_a_loader_that_starts_at_a_step_continues_the_uninterrupted_run(make, step, accumulate):
     uninterrupted = train(make(accumulate=accumulate), step * accumulate + 10)
     resumed = train(make(step=step, accumulate=accumulate), 10)
     assert same(resumed, uninterrupted[step * accumulate :])
@@ -211,10 +216,10 @@ def test_the_step_is_read_when_iteration_begins(make):
     loader = data.train_dataloader()
     data.trainer.global_step = 5
     assert same(list(loader)[:3], train(make(step=5), 3))
-    assert loader.state_dict() == {}  # there is no position to save
+    assert loader.state_dict() == {}
 
 
-def test_batches_do_not_depend_on_how_many_are_worked_out_at_once(make):
+def test_batches_do_not_depend_on_how_many_are_computed_together(make):
     n = BATCHES_AT_ONCE + 5
     assert len(make(batch_size=1).train_dataloader()) > n  # in one epoch
     whole = train(make(batch_size=1), n)
@@ -222,7 +227,7 @@ def test_batches_do_not_depend_on_how_many_are_worked_out_at_once(make):
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "random"])
-def test_the_batches_of_two_ranks_are_one_process_s_batch_of_twice_the_size(make, sampling):
+def test_batches_of_two_ranks_are_one_batch_of_twice_the_size(make, sampling):
     ranks = [train(make(sampling=sampling, rank=rank, world=2, step=2), 60) for rank in range(2)]
     alone = train(make(sampling=sampling, batch_size=8, step=2), 60)
     together = [
@@ -234,21 +239,21 @@ def test_the_batches_of_two_ranks_are_one_process_s_batch_of_twice_the_size(make
 @pytest.mark.parametrize(
     ("world", "accumulate", "length"), [(1, 1, 27), (2, 1, 13), (1, 5, 25), (3, 2, 8), (1, 50, 50)]
 )
-def test_an_epoch_has_whole_steps_and_no_window_more_than_once(make, world, accumulate, length):
+def test_an_epoch_has_whole_steps_and_no_window_twice(make, world, accumulate, length):
     data = make(world=world, accumulate=accumulate)
     assert len(data.windows) == 111  # of 899 characters that have a next one
     assert len(data.train_dataloader()) == length
     assert data.batches_per_epoch(world, accumulate) == length
 
 
-def test_overfitting_goes_round_the_first_batches(make):
+def test_overfit_batches_repeats_the_first_batches(make):
     plain = train(make(), 3)
     assert same(train(make(overfit_batches=3), 9), plain * 3)
     assert same(train(make(overfit_batches=3, step=4), 2), plain[1:])
 
 
 class Recorder(LightningModule):
-    """Keeps what it is trained on."""
+    """Keeps the batches that it is given."""
 
     def __init__(self):
         super().__init__()
@@ -259,25 +264,34 @@ class Recorder(LightningModule):
         return self.weight.sum()
 
     def validation_step(self, batch, batch_idx):
-        pass
+        self.seen.append(batch)
+        return torch.zeros(1)
+
+    test_step = predict_step = validation_step
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_trainer_sees_the_batches_in_their_order_across_epochs(make):
+def trainer(**settings):
+    return Trainer(barebones=True, accelerator="cpu", devices=1, **settings)
+
+
+def test_a_trainer_gets_the_batches_in_order_across_epochs(make):
+    expected = train(make(batch_size=20), 12)  # an epoch has five, of which four fill whole steps
     data, model = make(batch_size=20), Recorder()
-    expected = train(data, 12)  # an epoch has five, of which four make whole steps
-    trainer = Trainer(
-        max_steps=6,
-        accumulate_grad_batches=2,
-        limit_val_batches=0,
-        barebones=True,
-        accelerator="cpu",
-        devices=1,
-    )
-    trainer.fit(model, datamodule=data)
-    assert trainer.current_epoch == 3  # of two steps, four batches each
+    fitting = trainer(max_steps=6, accumulate_grad_batches=2, limit_val_batches=0)
+    fitting.fit(model, datamodule=data)
+    assert fitting.current_epoch == 3  # of two steps, four batches each
+    assert same(model.seen, expected)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_a_trainer_evaluates_every_batch_without_warnings(make, loop):
+    data, model = make(val_fraction=0.5), Recorder()
+    expected = list(data.val_dataloader())
+    getattr(trainer(), loop)(model, datamodule=data)
     assert same(model.seen, expected)
 
 
@@ -289,11 +303,11 @@ def test_a_trainer_sees_the_batches_in_their_order_across_epochs(make):
 def test_validation_predicts_each_held_out_character_but_the_first_once(
     make, world, split, fraction
 ):
-    text = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))  # an id is its character's place
-    settings = dict(split=split, val_fraction=fraction, block_size=16, world=world)
+    settings = dict(split=split, val_fraction=fraction, block_size=16)
+    settings |= dict(world=world, stage="validate")
     predicted = []
     for rank in range(world):
-        data = make(text, rank=rank, **settings)
+        data = make(distinct(3000), rank=rank, **settings)
         loader = data.val_dataloader()
         batches = list(loader)
         assert len(batches) == len(loader)
@@ -316,23 +330,27 @@ def test_validation_is_the_same_at_every_step_and_batch_size(make):
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
-def test_validation_takes_whole_windows_in_order_and_then_the_short_ones(batch_size, world):
+def test_validation_has_full_windows_in_order_and_then_short_ones(batch_size, world):
     spans = [(3, 60), (70, 71), (80, 120), (130, 139), (150, 155)]  # 56, 0, 39, 8 and 4 targets
     starts = [i for a, b in spans for i in range(a, b - 8, 8)]
     batches = [(starts[i : i + batch_size], 8) for i in range(0, len(starts), batch_size)]
     batches += [([112], 7), ([150], 4)]
     for rank in range(world):
-        trainer = SimpleNamespace(global_rank=rank, world_size=world)
-        sampler = ExactBatches(spans, 8, batch_size, trainer)
+        data = SimpleNamespace(
+            val_spans=spans,
+            hparams=SimpleNamespace(block_size=8),
+            rank_and_world_size=(rank, world),
+        )
+        loader = ExactLoader(data, batch_size)
         for _ in range(2):
-            found = [(starts.tolist(), length) for starts, length in sampler]
-            assert found == batches[rank::world] and len(sampler) == len(found)
+            found = [(starts.tolist(), length) for starts, length in loader.places(rank, world)]
+            assert found == batches[rank::world] and len(loader) == len(found)
 
 
 @pytest.mark.parametrize("split", ["tail", "blocks"])
 @pytest.mark.parametrize("most", [9, 10, 200, 201, 10**9])
-def test_validation_can_be_of_the_first_held_out_tokens_only(make, split, most):
-    text = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))  # an id is its character's place
+def test_max_val_tokens_validates_the_first_held_out_tokens(make, split, most):
+    text = distinct(2000)
     whole = make(text, split=split, val_fraction=0.2)
     data = make(text, split=split, val_fraction=0.2, max_val_tokens=most)
     assert data.train_spans == whole.train_spans and same(train(data, 5), train(whole, 5))
@@ -345,7 +363,7 @@ def test_validation_can_be_of_the_first_held_out_tokens_only(make, split, most):
         assert set(x.flatten().tolist()) <= set(first)
 
 
-def test_the_floor_is_that_of_the_tokens_validated(make):
+def test_the_floor_is_that_of_the_validated_tokens(make):
     data = make(corpus="playwright:7:30000", max_val_tokens=1000)
     start = data.val_spans[0][0]
     assert data.val_spans == [(start, start + 1000)]
@@ -353,29 +371,87 @@ def test_the_floor_is_that_of_the_tokens_validated(make):
     assert data.val_floor != make(corpus="playwright:7:30000").val_floor
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "block_size", "batch_size", "device", "expected"),
+    [
+        (65, 128, 16, "cpu", 16),
+        (65, 8, 16, "cpu", 256),
+        (65, 8, 4, "cpu", 64),  # shrinks with the training batch
+        (65, 128, 16, "cuda", 256),
+        (65, 128, 64, "cuda", 512),
+        (20_000, 128, 16, "cuda", 26),  # 26 * 128 * 20,000 fp32 logits: 266 MB
+        (20_000, 128, 1, "cuda", 16),
+        (20_000, 8, 64, "cpu", 256),
+        (20_000, 1024, 1, "cuda", 3),
+        (300_000, 1024, 1, "cuda", 1),
+        (300_000, 1024, 5, "cuda", 5),  # never below the training batch
+    ],
+)
+def test_the_validation_batch_fits_vocabulary_and_device(
+    make, vocab_size, block_size, batch_size, device, expected
+):
+    data = make(TEXT * 20, stage="validate", block_size=block_size, batch_size=batch_size)
+    data.trainer = trainer_at(device=device)
+    data.token_file.tokenizer.vocab_size = vocab_size
+    assert data.val_dataloader().batch_size == expected
+
+
+@pytest.mark.parametrize("text", ["ab", "To be, or not to be", TEXT[:500]])
+def test_validation_works_on_a_text_too_short_for_training(make, text):
+    data = make(text, stage="validate", val_fraction=1, block_size=500)
+    assert data.val_spans == [(0, len(text))]
+    predicted = [data.tokenizer.decode(y.flatten()) for _, y in data.val_dataloader()]
+    assert "".join(predicted) == text[1:]
+    with pytest.raises(UserError, match="too large"):
+        data.train_dataloader()
+
+
+# --- large texts and pickling ---------------------------------------------------------------------
+
+
+def test_a_pickled_module_and_loader_hold_a_path_and_not_the_text(make):
+    data = make("".join(np.random.default_rng(0).choice(list("abc"), 300_000)))
+    expected = next(iter(data.train_dataloader()))
+    data.trainer = None
+    raw = pickle.dumps(data.train_dataloader())
+    assert len(raw) < 50_000
+    assert same([next(iter(pickle.loads(raw)))], [expected])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be removed there")
+def test_a_run_keeps_its_text_when_another_run_removes_the_token_file(make):
+    data = make()
+    expected = train(data, 3)
+    make(TEXT + "!", stage="validate")  # of the same name
+    assert not data.token_file.path.exists()
+    data.trainer.global_step = 0
+    assert same(train(data, 3), expected)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no holes there")
 def test_a_text_of_five_billion_tokens_is_read_in_place(make, tmp_path, monkeypatch):
-    count, header = 5 * 10**9, tokens._header(np.dtype(np.uint8), 5 * 10**9)
+    count = 5 * 10**9
     path = tmp_path / "tokens.npy"
-    with path.open("wb") as file:  # nearly all of it a hole that takes no room on the disk
-        file.write(header)
-        file.truncate(len(header) + count)
-        file.seek(len(header) + count - 1000)
+    with path.open("wb") as file:  # nearly all of it a hole that takes no disk space
+        tokens._write_header(file, np.dtype(np.uint8), count)
+        header = file.tell()
+        file.truncate(header + count)
+        file.seek(header + count - 1000)
         file.write(bytes(i % 251 for i in range(1000)))
-    coder = CharTokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 251))))
-    there = tokens.TokenFile(path, coder, "")
-    monkeypatch.setattr(datamodule, "prepare_tokens", lambda *_: there)
+    found = tokens.TokenFile(path, CharTokenizer(distinct(251)), "")
+    monkeypatch.setattr(datamodule, "prepare_tokens", lambda *_: found)
     tracemalloc.start()
     data = make(batch_size=64)
     assert data.train_spans == [(0, 4_500_000_000)]
-    starts, _ = next(iter(data.train_dataloader().sampler))
+    starts, _ = next(TrainLoader(data).places(0, 1))
     assert starts.max() > 2**32 - 2**29 and len(np.unique(starts)) == 64
-    sampler = data.val_dataloader().sampler
-    assert len(data.val_dataloader()) == len(sampler) == -(-62_499_999 // 256) + 1
-    assert next(iter(sampler))[0].tolist() == [4_500_000_000 + 8 * i for i in range(256)]
+    loader = data.val_dataloader()
+    assert len(loader) == -(-62_499_999 // 256) + 1
+    first, _ = next(loader.places(0, 1))
+    assert first.tolist() == [4_500_000_000 + 8 * i for i in range(256)]
     assert tracemalloc.get_traced_memory()[1] < 16e6
     tracemalloc.stop()
-    x, y = WindowDataset(data.tokens)[np.array([count - 1000, count - 9, 0]), 8]
+    x, y = gather(data.tokens, np.array([count - 1000, count - 9, 0]), 8)
     assert x.tolist() == [[*range(8)], [i % 251 for i in range(991, 999)], [0] * 8]
     assert y[0].tolist() == [*range(1, 9)] and y[1, -1] == 999 % 251
 
@@ -383,7 +459,7 @@ def test_a_text_of_five_billion_tokens_is_read_in_place(make, tmp_path, monkeypa
 # --- the lecture's estimator ----------------------------------------------------------------------
 
 
-def test_estimator_batches_are_random_windows_shared_out_over_the_ranks(make):
+def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
     data = make()
     alone = list(data.estimator_batches(data.val_spans, 7, 0, 1))
     assert len(alone) == 7
@@ -398,39 +474,29 @@ def test_estimator_batches_are_random_windows_shared_out_over_the_ranks(make):
     assert same(list(data.estimator_batches(data.val_spans, 7, 0, 1)), alone)  # each time
 
 
-def test_estimator_batches_are_not_those_that_training_sees(make):
+def test_estimator_batches_are_not_those_of_training(make):
     data = make(sampling="random")
     estimated = list(data.estimator_batches(data.train_spans, 5, 0, 1))
     trained = train(data, 5)
     assert not any(same([a], [b]) for a in estimated for b in trained)
 
 
-# --- what cannot be -------------------------------------------------------------------------------
-
-
-def test_an_empty_text_is_refused(make):
-    assert "--data.corpus=" in (message := refused(make, "")) and "empty" in message
-
-
-def test_a_text_too_short_for_its_windows_is_refused(make):
-    message = refused(make, "To be, or not to be", block_size=8)
-    assert "19 tokens" in message and "--data.block_size=8" in message
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    ("field", "value"),
     [
         ("block_size", 0),
         ("block_size", -1),
         ("batch_size", 0),
-        ("num_workers", -1),
+        ("batch_size", 10**16),
         ("overfit_batches", -1),
         ("stride", 0),
         ("stride", -2),
         ("max_val_tokens", 8),  # one less than a window and the token after it
-        ("max_val_tokens", -1),
         ("val_fraction", 0.0),
-        ("val_fraction", 1.0),
+        ("val_fraction", 1.1),
         ("val_fraction", math.nan),
         ("sampling", "sometimes"),
         ("split", "middle"),
@@ -438,20 +504,42 @@ def test_a_text_too_short_for_its_windows_is_refused(make):
         ("unknown", "ignore"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_by_its_flag(make, flag, value):
-    message = refused(make, **{flag: value})
-    assert f"--data.{flag}=" in message and str(value) in message
+def test_an_invalid_setting_is_refused_at_construction(field, value):
+    with pytest.raises(UserError) as error:
+        TextDataModule(**dict(block_size=8) | {field: value})
+    assert str(error.value).startswith(f"{field}={value!r} must be")
+    assert error.value.field == field
 
 
-def test_a_batch_larger_than_the_text_is_refused(make):
+def test_an_empty_text_is_refused(make):
+    error = error_of(make, "")
+    assert error.field == "corpus" and "empty" in str(error)
+
+
+@pytest.mark.parametrize("split", ["tail", "blocks"])
+@pytest.mark.parametrize("length", [40, 600])
+def test_a_text_too_short_for_block_size_is_refused_with_sizes_that_fit(make, split, length):
+    settings = dict(split=split, block_size=128, batch_size=16)
+    error = error_of(make, TEXT[:length], **settings)
+    assert error.field == "block_size" and f"text of {length} tokens" in str(error)
+    advice = str(error).split(": ")[-1].removesuffix(" fit").split(" and ")
+    sizes = {name: int(value) for name, value in (size.split("=") for size in advice)}
+    assert sizes["block_size"] > 1
+    train(make(TEXT[:length], **settings | sizes), 3)
+    sizes["block_size"] *= 2
+    error_of(make, TEXT[:length], **settings | sizes)
+
+
+def test_a_batch_larger_than_the_text_is_refused_with_a_size_that_fits(make):
     make(batch_size=111)
-    message = refused(make, batch_size=112)
-    assert "--data.batch_size=112" in message and "111" in message
-    data = make(batch_size=60, world=2)
-    with pytest.raises(ValueError, match="--data.batch_size=60 in each of 2 processes"):
-        data.train_dataloader()
+    error = error_of(make, batch_size=112)
+    assert error.field == "batch_size" and str(error).startswith("batch_size=112 is too large")
+    assert str(error).endswith("block_size=8 and batch_size=111 fit")
+    error = error_of(make, batch_size=60, world=2)
+    assert "batch_size=60 in each of 2 processes" in str(error)
+    assert str(error).endswith("batch_size=55 fit")
 
 
-def test_a_character_that_a_given_vocabulary_lacks_is_named(make):
-    message = refused(make, TEXT + "☃" + TEXT, vocabulary="".join(sorted(set(TEXT))))
-    assert "'☃'" in message and "position 1000" in message
+@pytest.mark.parametrize("settings", [dict(text="a"), dict(text="abc"), dict(val_fraction=1.0)])
+def test_a_text_without_training_or_validation_part_is_refused(make, settings):
+    assert "more text" in str(error_of(make, **settings))

@@ -1,4 +1,4 @@
-"""The playwright's text is pinned, and its floor is exact."""
+"""The embedded corpus: its text is pinned, and its floor is exact."""
 
 import copy
 import functools
@@ -33,18 +33,18 @@ def sha256(text):
 
 
 def test_default_text_is_pinned(play):
-    # A new hash is a new text: GRAMMAR_VERSION must then change too.
+    # A new hash means a new text, which needs a new GRAMMAR_VERSION.
     assert playwright.GRAMMAR_VERSION == 1
     assert sha256(play[0][:10_000]) == HEAD_SHA256
     assert sha256(play[0]) == TEXT_SHA256
 
 
-def test_seeds():
+def test_the_text_depends_on_the_seed():
     assert write_play(3, 5_000)[0] == write_play(3, 5_000)[0] != write_play(4, 5_000)[0]
 
 
 @pytest.mark.parametrize("chars", [0, 1, 16, 10_000])
-def test_stops_with_the_first_line_that_reaches_chars(chars):
+def test_the_text_ends_with_the_first_line_that_reaches_chars(chars):
     text, ends, nats = write_play(5, chars)
     assert ends.dtype == np.int64 and nats.dtype == np.float64 and len(ends) == len(nats)
     assert list(ends) == [i + 1 for i, c in enumerate(text) if c == "\n"]
@@ -55,19 +55,19 @@ def test_stops_with_the_first_line_that_reaches_chars(chars):
     assert write_play(5, len(text))[0] == text
 
 
-def test_charset_and_shape(play):
+def test_the_text_is_ascii_and_varied(play):
     text = play[0]
     assert text.isascii() and len(set(text)) <= 65
     assert 1_000_000 <= len(text) < 1_000_200
     assert 300 <= len(set(re.findall("[a-z]+", text.lower()))) <= 600
     lines = text.split("\n")
     assert max(map(len, lines)) < 100
-    # No boilerplate: a long line is seldom repeated.
+    # Long lines are rarely repeated.
     long = Counter(line for line in lines if len(line) > 30)
     assert len(long) > 0.8 * sum(long.values())
 
 
-def test_plays_are_in_order(play):
+def test_acts_scenes_and_casts_are_in_order(play):
     lines = play[0].splitlines()
     order = [line.split(".")[0] for line in lines if re.match("THE |ACT |SCENE ", line)]
     plays = re.split("THE [A-Z ]+", "/".join(order))[1:-1]  # the last is not whole
@@ -84,7 +84,7 @@ def test_couplets_rhyme(small):
     stage, couplets = Stage(), 0
     for line in small[0].splitlines():
         kind, rhyme = playwright._readings(stage, line)[0][0], stage.rhyme
-        stage.hear(kind, line)
+        stage.update(kind, line)
         if kind in ("close", "refrain"):
             word = re.findall("[a-z]+", line)[-1]
             assert word != rhyme and sound[word] == sound[rhyme]
@@ -96,14 +96,14 @@ def test_couplets_rhyme(small):
 
 
 @pytest.mark.parametrize("seed", [playwright.DEFAULT_SEED, 0, 2])
-def test_recogniser_finds_the_cost_that_the_writer_paid(seed):
-    # The writer knows one derivation and the recogniser sums over all, so equality also says that
-    # no line has a second derivation.
+def test_the_recogniser_finds_the_cost_of_generation(seed):
+    # The generator draws one derivation and the recogniser sums over all, so equality also means
+    # that no line has a second derivation.
     text, _, nats = write_play(seed, 150_000)
     np.testing.assert_allclose(recognise(text), nats, rtol=0, atol=1e-9)
 
 
-def test_recogniser_would_see_a_second_derivation(monkeypatch, small):
+def test_the_recogniser_detects_a_second_derivation(monkeypatch, small):
     twice = playwright.Rule([(1, "Exeunt."), (1, "@sound"), (1, "Exeu@end")])
     monkeypatch.setitem(playwright.RULES, "exeunt", twice)
     monkeypatch.setitem(playwright.RULES, "end", playwright.Rule([(1, "nt.")]))
@@ -114,12 +114,12 @@ def test_recogniser_would_see_a_second_derivation(monkeypatch, small):
 
 
 def clash(stage):
-    """A beginning after which two derivations of the next line end alike, or None if none do.
+    """A prefix after which two derivations of the next line are the same, or None.
 
-    Exhaustive: walks, token by token, all pairs of derivations that agree so far. A state is what
-    is still to be written (literal, symbol, literal, ...), which any derivation completes, so two
-    derivations clash as soon as they reach one state. Tokens will do for characters, because no
-    word is made of two pieces (another test sees to that).
+    Exhaustive: goes, token by token, through all pairs of derivations that agree so far. A state is
+    the rest of a line (literal, symbol, literal, ...), so two derivations clash as soon as they
+    reach the same state. Tokens can stand for characters, because no word is made of two pieces
+    (another test checks that).
     """
 
     @functools.cache
@@ -138,7 +138,7 @@ def clash(stage):
         ]
 
     first = [step for kind in stage.moves() for step in steps(("", kind, ""))]
-    first = [(token[:1].upper() + token[1:], state) for token, state in first]  # as when written
+    first = [(token[:1].upper() + token[1:], state) for token, state in first]  # as when generated
     queue, seen = [("", first, first)], set()
     while queue:
         text, left, right = queue.pop()
@@ -156,11 +156,11 @@ def clash(stage):
 
 
 def stages(chars=60_000):
-    """A stage in every state that a play comes to, with and without the rarer moves."""
+    """A stage in every state that occurs, with and without the rarer moves."""
     stage, found = Stage(), {}
     for line, _ in itertools.islice(write_lines(1), chars // 20):
         kind = playwright._readings(stage, line[:-1])[0][0]
-        stage.hear(kind, line[:-1])
+        stage.update(kind, line[:-1])
         found.setdefault((stage.state, *stage.moves()), copy.copy(stage))
     return found
 
@@ -172,7 +172,7 @@ def test_every_state_is_visited():
     assert {state for state, *_ in STAGES} == playwright.STATES.keys() - {"start"}
 
 
-# One stage for each set of moves; that a speech may also end here, with a gap, changes nothing.
+# One stage for each set of moves; whether a speech may also end, with a gap, changes nothing.
 MOVES = {" ".join(sorted(s.moves().keys() - {"gap"})) or "gap": s for s in STAGES.values()}
 
 
@@ -188,7 +188,7 @@ def test_no_word_is_made_of_two_pieces():
                 assert not re.search(r"\w@", text), (symbol, text)
 
 
-def test_clash_can_be_found(monkeypatch):
+def test_clash_finds_a_second_derivation(monkeypatch):
     stage = STAGES["ask_", "speaker"]
     monkeypatch.setattr(stage, "moves", lambda: {"exeunt": 1}, raising=False)
     assert clash(stage) is None
@@ -208,13 +208,13 @@ def test_alternatives_are_distinct_and_probabilities_sum_to_one():
             assert np.allclose(np.exp(-np.array(rule.nats)), rule.probs, rtol=1e-12)
 
 
-def test_rhymes_are_told_by_the_word_alone():
+def test_no_word_is_in_two_rhymes():
     words = [set(nouns + verbs) for nouns, verbs in playwright.ROWS]
     assert sum(map(len, words)) == len(set.union(*words))
     assert all(min(map(len, row)) >= 2 for row in playwright.ROWS)
 
 
-# --- The recogniser refuses what is not a text of the grammar -------------------------------------
+# --- The recogniser refuses other texts -----------------------------------------------------------
 
 
 def refused(lines, number):
@@ -247,7 +247,7 @@ def test_changed_words_are_refused(small, old, new):
     refused(lines, at + 1)
 
 
-def test_wrong_rhyme_is_refused(small):
+def test_a_wrong_rhyme_is_refused(small):
     lines = small[0].splitlines()[:1500]
     at = find(lines, r"^(?!When|If|Since|Though|While|Because|Until).*\bday,$")
     assert re.search(r"ay[.!]$", lines[at + 1])
@@ -256,36 +256,36 @@ def test_wrong_rhyme_is_refused(small):
         refused([*lines[: at + 1], changed, *lines[at + 2 :]], at + 2)
 
 
-def test_only_the_cast_speak_and_never_twice_running(small):
+def test_only_the_cast_speaks_and_nobody_twice_in_a_row(small):
     lines = small[0].splitlines()[:400]
     enter = find(lines, "^Enter ")
     cast = re.findall("[A-Z]{2,}", lines[enter])
     first = enter + 2
     second = first + 1 + find(lines[first + 1 :], "^[A-Z]+:$")
-    stranger = next(name for name in playwright.NAMES if name not in cast)
-    for at, name in ((first, stranger), (second, stranger), (second, lines[first][:-1])):
+    absent = next(name for name in playwright.NAMES if name not in cast)
+    for at, name in ((first, absent), (second, absent), (second, lines[first][:-1])):
         refused([*lines[:at], f"{name}:", *lines[at + 1 :]], at + 1)
-    # Nor is anyone else spoken to.
+    # Only the cast is spoken to.
     spoken = first + 1
     there = next(name for name in cast if name.title() in lines[spoken])
-    changed = lines[spoken].replace(there.title(), stranger.title())
+    changed = lines[spoken].replace(there.title(), absent.title())
     refused([*lines[:spoken], changed, *lines[spoken + 1 :]], spoken + 1)
 
 
 def test_swapped_and_missing_lines_are_refused(small):
     lines = small[0].splitlines()[:200]
-    at = find(lines, r"\?$") + 1  # the gap after a question; then someone answers
+    at = find(lines, r"\?$") + 1  # the gap after a question
     refused([*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]], at + 1)
     refused(lines[1:], 1)
     with pytest.raises(ValueError, match="line 200 does not end"):
         recognise("\n".join(lines))
 
 
-def test_recognise_of_nothing():
+def test_the_empty_text_has_no_lines():
     assert recognise("").shape == (0,)
 
 
-# --- The probabilities are what they are said to be -----------------------------------------------
+# --- Probabilities --------------------------------------------------------------------------------
 
 
 def test_frequencies_follow_the_stated_probabilities(play):
@@ -298,7 +298,7 @@ def test_frequencies_follow_the_stated_probabilities(play):
 
 
 def test_cost_of_a_scene_line_in_closed_form():
-    # place and hour fall as 1 / (rank + const); the number of the scene is free.
+    # weights of place and hour fall as 1 / (rank + const); the scene number is certain
     source = write_lines(11)
     lines = list(itertools.islice(source, 6))
     line, cost = lines[4]
@@ -309,11 +309,11 @@ def test_cost_of_a_scene_line_in_closed_form():
         weights = [10_000 // (rank + playwright.FLATNESS) for rank in range(len(texts))]
         expected -= math.log(weights[texts.index(word)] / sum(weights))
     assert cost == pytest.approx(expected, abs=1e-12)
-    assert [cost for _, cost in lines[1:4]] == [0, 0, 0]  # gap, ACT I, gap: never in doubt
+    assert [cost for _, cost in lines[1:4]] == [0, 0, 0]  # gap, ACT I, gap: certain
 
 
 def test_mean_cost_is_the_entropy(play):
-    # The text's mean cost over two halves agrees to sampling error.
+    # the mean cost of two halves of the text agrees up to sampling error
     _, ends, nats = play
     half = ends[-1] // 2
     assert floor(ends, nats, 0, half) == pytest.approx(floor(ends, nats, half, 2 * half), rel=0.02)
@@ -343,7 +343,7 @@ def test_floor_refuses_ranges_outside_the_text(start, stop):
         floor(np.array([10, 14]), np.array([5.0, 8.0]), start, stop)
 
 
-def test_a_bigram_stays_a_nat_above_the_floor(play):
+def test_a_bigram_is_a_nat_above_the_floor(play):
     text, ends, nats = play
     _, codes = np.unique(np.frombuffer(text.encode(), np.uint8), return_inverse=True)
     cut, size = len(codes) * 9 // 10, codes.max() + 1

@@ -1,5 +1,4 @@
 import json
-import re
 import subprocess
 import sys
 
@@ -14,8 +13,9 @@ from gpt_lightning.data.tokenizers import (
     tokenizer_from_state,
     train_tokenizer,
 )
+from gpt_lightning.errors import UserError
 
-# every code point, surrogates too; and what people write
+# every code point, surrogates included; and text that people write
 ANY = st.text(st.characters(codec=None, exclude_categories=()))
 TEXT = st.text()
 SAMPLES = [
@@ -36,7 +36,7 @@ def in_pieces(text: str, size: int) -> list[str]:
 
 
 @given(ANY.filter(bool), st.integers(1, 5))
-def test_the_vocabulary_is_the_lectures(text, size):
+def test_the_vocabulary_is_that_of_the_lecture(text, size):
     tokenizer = CharTokenizer.train(in_pieces(text, size))
     chars = sorted(set(text))
     stoi = {ch: i for i, ch in enumerate(chars)}
@@ -63,12 +63,12 @@ def test_characters_round_trip(text):
 
 @pytest.mark.parametrize("token", [-1, 3, 1 << 40])
 def test_a_streamed_id_outside_the_vocabulary_is_refused(token):
-    with pytest.raises(ValueError, match=f"token id {token} is not in the vocabulary of 3 tokens"):
+    with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of 3 tokens"):
         CharTokenizer("abc").stream_decoder()(token)
 
 
 @pytest.mark.parametrize("text", SAMPLES)
-def test_a_vocabulary_in_any_order(text):
+def test_a_vocabulary_may_be_in_any_order(text):
     vocabulary = "".join(sorted(set("".join(SAMPLES)), reverse=True))
     tokenizer = CharTokenizer(vocabulary)
     assert tokenizer.encode(text).tolist() == [vocabulary.index(c) for c in text]
@@ -101,7 +101,7 @@ def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
         ("a\n", 0, r"'\\n' \(U\+000A\) at position 1 "),
     ],
 )
-def test_an_unknown_character_is_named(text, offset, expected):
+def test_an_unknown_character_is_named_with_its_position(text, offset, expected):
     tokenizer = CharTokenizer("ab")
     if expected is None:
         assert tokenizer.encode(text, offset=offset).tolist() == [0, 0, 1]
@@ -128,33 +128,31 @@ def test_unknown_characters_are_replaced(vocabulary, stand_in):
         assert tokenizer.decode(tokenizer.encode(text)) == f"a{stand_in}a"
 
 
-def test_nothing_to_replace_by():
+def test_a_vocabulary_without_a_replacement_character_says_so():
     tokenizer = CharTokenizer("xyz", unknown="replace")
     assert tokenizer.encode("zyx").tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match="'a'.*position 3 .*nothing to replace.*unknown=drop"):
+    with pytest.raises(ValueError, match="'a'.*position 3 .*cannot be replaced.*unknown=drop"):
         tokenizer.encode("xyzaxy")
 
 
-def test_bad_vocabularies():
+def test_a_vocabulary_that_is_empty_or_has_a_character_twice_is_refused():
     with pytest.raises(ValueError, match="'b' more than once"):
         CharTokenizer("abcb")
-    with pytest.raises(ValueError, match="empty"):
-        CharTokenizer("")
-    with pytest.raises(ValueError, match="not list"):
-        CharTokenizer(["a", "b"])
-    for nothing in ([], ["", ""]):
-        with pytest.raises(ValueError, match="empty"):
-            CharTokenizer.train(nothing)
-    with pytest.raises(ValueError, match="did you mean replace"):
+    for nothing in ("", None, ["a", "b"]):
+        with pytest.raises(UserError, match="vocabulary=.* at least one character"):
+            CharTokenizer(nothing)
+    with pytest.raises(UserError, match="vocabulary='' must be"):
+        CharTokenizer.train(["", ""])
+    with pytest.raises(UserError, match="did you mean replace"):
         CharTokenizer("ab", unknown="replaced")
 
 
 @pytest.mark.parametrize("tokenizer", [CharTokenizer("abc"), ByteTokenizer()])
-def test_ids_outside_the_vocabulary(tokenizer):
+def test_decoding_ids_outside_the_vocabulary_raises(tokenizer):
     for wrong in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match=f"id {wrong} is not"):
+        with pytest.raises(ValueError, match=f"id {wrong} is outside"):
             tokenizer.decode([0, wrong, 1])
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="must be integers"):
         tokenizer.decode([0.5])
     assert tokenizer.decode([]) == ""
 
@@ -180,7 +178,7 @@ def test_any_bytes_decode_and_streaming_agrees(raw):
     assert "".join(map(stream, raw)) + stream(None) == raw.decode("utf-8", "replace")
 
 
-def test_a_streamed_character_comes_whole():
+def test_streaming_returns_whole_characters():
     stream = ByteTokenizer().stream_decoder()
     assert [stream(b) for b in "a😀é".encode()] == ["a", "", "", "", "😀", "", "é"]
     assert stream("漢".encode()[0]) == "" and stream(None) == "\ufffd"
@@ -193,7 +191,7 @@ def test_lone_surrogates_do_not_crash(text):
     assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
 
 
-def test_counting_in_pieces():
+def test_characters_of_a_long_text_are_counted_in_pieces():
     ids = np.tile(ByteTokenizer().encode("aé漢😀\n"), 600_000)  # more than one piece
     assert ByteTokenizer().count_characters(ids) == 5 * 600_000
 
@@ -202,14 +200,14 @@ def test_counting_in_pieces():
 
 
 @pytest.mark.parametrize("tokenizer", [CharTokenizer("\nab😀é"), ByteTokenizer()])
-def test_a_state_is_plain_and_brings_the_tokenizer_back(tokenizer):
+def test_a_tokenizer_is_restored_from_its_state_as_json(tokenizer):
     state = json.loads(json.dumps(tokenizer.state()))
     again = tokenizer_from_state(state)
     assert type(again) is type(tokenizer) and again.state() == state
     assert again.encode("ab😀é\n").tolist() == tokenizer.encode("ab😀é\n").tolist()
 
 
-def test_the_policy_goes_with_a_state():
+def test_a_restored_tokenizer_has_the_given_policy():
     assert tokenizer_from_state({"kind": "char", "vocabulary": "ab"}, "drop").encode("xa").size == 1
 
 
@@ -228,28 +226,25 @@ def test_the_policy_goes_with_a_state():
         {"kind": ["char"], "vocabulary": "a"},
     ],
 )
-def test_malformed_states(state):
-    with pytest.raises(ValueError) as caught:
+def test_a_malformed_state_is_refused(state):
+    with pytest.raises(UserError):
         tokenizer_from_state(state)
-    assert "\n" not in str(caught.value)
 
 
-def test_training_by_name():
+def test_a_tokenizer_is_trained_by_name():
     assert train_tokenizer("char", ["ba"]).state() == {"kind": "char", "vocabulary": "ab"}
     assert train_tokenizer("byte", None).state() == {"kind": "byte"}  # the text is not read
     assert train_tokenizer("char", ["a"], "drop").encode("xax").tolist() == [0]
-    with pytest.raises(ValueError, match=re.escape("--data.tokenizer='chars'") + ".*mean char"):
+    with pytest.raises(ValueError, match="tokenizer='chars' must be .*mean char"):
         train_tokenizer("chars", ["a"])
-    for kind in ("char", "byte"):
-        with pytest.raises(ValueError, match="--data.unknown='ignore'"):
-            train_tokenizer(kind, ["a"], "ignore")
+    with pytest.raises(UserError, match="unknown='ignore' must be one of"):
+        train_tokenizer("char", ["a"], "ignore")
 
 
-def test_importing_is_light():
+def test_importing_tokenizers_imports_neither_torch_nor_lightning():
     code = (
-        "import sys, gpt_lightning.data.tokenizers, gpt_lightning.data.corpora\n"
-        "import gpt_lightning.data.tokens\n"
-        "print(sorted({'torch', 'lightning', 'tqdm'} & set(sys.modules)))"
+        "import sys, gpt_lightning.data.tokenizers, gpt_lightning.data.tokens\n"
+        "print(sorted({'torch', 'lightning', 'tqdm', 'fsspec', 'aiohttp'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

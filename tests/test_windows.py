@@ -31,12 +31,6 @@ def chi_square(counts) -> float:
     return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
 
 
-def one_line(error) -> str:
-    message = str(error.value)
-    assert message and "\n" not in message and len(message) < 300
-    return message
-
-
 @st.composite
 def some_spans(draw):
     """Spans in order, with gaps between some of them; at least one holds a window."""
@@ -78,7 +72,7 @@ def test_permute_takes_a_key_for_each_element():
     assert permute(index, 50, keys).tolist() == expected
 
 
-def test_permute_differs_with_its_keys():
+def test_permute_depends_on_its_keys():
     n = 200
     found = [permute(np.arange(n), n, a, b).tolist() for a in range(6) for b in range(6)]
     assert len({tuple(order) for order in found}) == len(found)
@@ -86,7 +80,7 @@ def test_permute_differs_with_its_keys():
     assert max(agree) < 10  # two unrelated orders agree at about one place
 
 
-def test_permute_puts_an_element_anywhere_equally_often():
+def test_permute_moves_an_element_to_every_place_equally_often():
     n = 20
     for index in (0, 7, 19):
         where = permute(np.full(20000, index), n, np.arange(20000))
@@ -95,11 +89,11 @@ def test_permute_puts_an_element_anywhere_equally_often():
 
 # --- sliding windows ------------------------------------------------------------------------------
 
-# what seed 0 makes of 20 characters in windows of 4: changing it changes every run there is
+# the starts for seed 0, 20 characters, windows of 4: a change here changes every run
 PINNED = [[12, 0, 8, 4], [13, 9, 1, 5], [10, 14, 6, 2], [0, 4, 8, 12]]
 
 
-def test_starts_on_a_tiny_text_are_these():
+def test_starts_on_a_tiny_text_are_pinned():
     source = SlidingWindows([(0, 20)], block_size=4, stride=4, seed=0)
     assert len(source) == 4
     assert [epoch_of(source, epoch) for epoch in range(4)] == PINNED
@@ -132,7 +126,7 @@ def test_an_epoch_is_a_grid_at_the_stride_within_each_span(case, stride, seed):
 
 @quick
 @given(case=some_spans(), seed=st.integers(0, 2**40))
-def test_at_a_stride_of_block_size_each_covered_character_is_seen_once_an_epoch(case, seed):
+def test_with_a_stride_of_block_size_an_epoch_sees_each_character_once(case, seed):
     spans, block_size = case
     source = SlidingWindows(spans, block_size, block_size, seed)
     for epoch in range(3):
@@ -145,7 +139,7 @@ def test_at_a_stride_of_block_size_each_covered_character_is_seen_once_an_epoch(
                 assert inside == list(range(inside[0], inside[-1] + 1))
 
 
-def test_over_epochs_every_character_is_seen_at_every_place_in_a_window():
+def test_over_epochs_every_character_is_seen_at_every_position():
     source = SlidingWindows([(0, 50)], block_size=5, stride=5, seed=3)
     places = {i: set() for i in range(50)}
     for epoch in range(100):
@@ -156,14 +150,14 @@ def test_over_epochs_every_character_is_seen_at_every_place_in_a_window():
     assert chi_square(np.bincount([min(epoch_of(source, e)) for e in range(500)])) < 4
 
 
-def test_each_epoch_has_an_order_of_its_own():
+def test_each_epoch_has_a_different_order():
     source = SlidingWindows([(0, 301)], block_size=3, stride=3, seed=3)
     orders = [tuple(np.argsort(epoch_of(source, epoch)).tolist()) for epoch in range(20)]
     assert len(set(orders)) == 20
     assert orders[0] != tuple(range(len(source)))
 
 
-def test_seeds_have_orders_and_phases_of_their_own():
+def test_each_seed_has_a_different_order_and_phase():
     orders, phases = set(), set()
     for seed in range(20):
         starts = epoch_of(SlidingWindows([(0, 301)], 10, 10, seed), 0)
@@ -172,7 +166,7 @@ def test_seeds_have_orders_and_phases_of_their_own():
     assert len(orders) == 20 and len(phases) > 5
 
 
-def test_a_stride_of_one_makes_every_window_there_is():
+def test_a_stride_of_one_gives_every_window():
     source = SlidingWindows([(0, 12), (20, 25), (30, 41)], block_size=4, stride=1, seed=9)
     everything = [*range(0, 8), 20, *range(30, 37)]
     for epoch in range(5):
@@ -194,32 +188,24 @@ def test_starts_do_not_depend_on_how_numbers_are_grouped(kind):
     assert whole.dtype == np.int64
 
 
-def test_starts_far_into_a_run_are_still_in_the_text():
+def test_starts_far_into_a_run_are_in_the_text():
     source = SlidingWindows([(0, 100)], block_size=7, stride=7, seed=2**62)
     far = np.arange(10**15, 10**15 + 500)
     starts = source.starts(far)
     assert starts.min() >= 0 and starts.max() + 8 <= 100
 
 
-@pytest.mark.parametrize("stride", [0, -1])
-def test_a_stride_below_one_is_refused(stride):
-    with pytest.raises(ValueError, match=f"--data.stride={stride} ") as error:
-        SlidingWindows([(0, 20)], block_size=4, stride=stride, seed=0)
-    one_line(error)
-
-
 @pytest.mark.parametrize("spans", [[(0, 4)], [(0, 3), (10, 14)], []])
-def test_spans_without_room_for_a_window_are_refused(spans):
+def test_spans_too_short_for_a_window_are_refused(spans):
     for make in (lambda: SlidingWindows(spans, 4, 4, 0), lambda: RandomWindows(spans, 4, 0)):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=r"4 \+ 1 tokens"):
             make()
-        assert "4 + 1 tokens" in one_line(error)
 
 
 # --- random windows -------------------------------------------------------------------------------
 
 
-def test_random_windows_are_uniform_over_every_start_there_is():
+def test_random_windows_are_uniform_over_all_starts():
     source = RandomWindows([(0, 24), (30, 34), (40, 45), (50, 70)], block_size=4, seed=11)
     starts = source.starts(np.arange(40000))
     possible = [*range(20), 40, *range(50, 66)]  # the last window ends with its span
@@ -244,7 +230,7 @@ def test_random_windows_stay_in_their_spans(case, seed):
     assert len(source) == whole  # windows that do not overlap
 
 
-def test_random_windows_differ_with_the_seed():
+def test_random_windows_depend_on_the_seed():
     found = {tuple(RandomWindows([(0, 999)], 4, s).starts(np.arange(9)).tolist()) for s in range(9)}
     assert len(found) == 9
 
@@ -252,13 +238,13 @@ def test_random_windows_differ_with_the_seed():
 # --- split ----------------------------------------------------------------------------------------
 
 
-def test_tail_holds_out_what_the_lecture_does():
+def test_tail_is_the_split_of_the_lecture():
     for length in [*range(100, 400), 1115394]:
         n = int(0.9 * length)
         assert split_spans(length, "tail", 0.1, 8) == ([(0, n)], [(n, length)])
 
 
-def test_blocks_on_a_small_text_are_these():
+def test_blocks_on_a_small_text_are_pinned():
     # 200 characters, a fifth of them held out in 40 // (16 * 2) = 1 block, in the middle
     assert split_spans(200, "blocks", 0.2, 1) == ([(0, 80), (120, 200)], [(80, 120)])
     # 400: 80 // 32 = 2 blocks
@@ -277,15 +263,7 @@ cases = dict(
 @settings(max_examples=300, deadline=None)
 @given(**cases)
 def test_split_partitions_the_text(length, split, fraction, block_size):
-    try:
-        train, val = split_spans(length, split, fraction, block_size)
-    except ValueError as error:
-        message = str(error)
-        assert "\n" not in message and "--data.block_size" in message
-        # refused only where one of the parts is about too short for a window
-        shorter = min(fraction, 1 - fraction) * length
-        assert shorter / (1 if split == "tail" else 21) <= block_size + 2
-        return
+    train, val = split_spans(length, split, fraction, block_size)
     pieces = sorted(train + val)
     assert pieces[0][0] == 0 and pieces[-1][1] == length
     assert all(start <= stop for start, stop in pieces)
@@ -293,11 +271,16 @@ def test_split_partitions_the_text(length, split, fraction, block_size):
     held_out = sum(stop - start for start, stop in val)
     assert abs(held_out - fraction * length) < 1 + 1e-6
     assert held_out == length - int(length * (1 - fraction))
-    for spans in (train, val):
-        assert max(stop - start for start, stop in spans) > block_size
     if split == "blocks" and len(val) > 1:
         assert len(val) <= 20
         assert all(stop - start >= 16 * (block_size + 1) for start, stop in val)
+
+
+@pytest.mark.parametrize("split", ["tail", "blocks"])
+def test_a_fraction_of_one_holds_out_everything(split):
+    train, val = split_spans(1000, split, 1.0, 8)
+    assert sum(stop - start for start, stop in val) == 1000
+    assert all(start == stop for start, stop in train)
 
 
 @settings(max_examples=100, deadline=None)
@@ -305,10 +288,8 @@ def test_split_partitions_the_text(length, split, fraction, block_size):
 def test_no_training_window_touches_held_out_text(
     length, split, fraction, block_size, stride, kind
 ):
-    try:
-        train, val = split_spans(length, split, fraction, block_size)
-    except ValueError:
-        assume(False)
+    train, val = split_spans(length, split, fraction, block_size)
+    assume(max(stop - start for start, stop in train) > block_size)
     if kind == "sliding":
         source = SlidingWindows(train, block_size, stride, 0)
     else:
@@ -321,34 +302,15 @@ def test_no_training_window_touches_held_out_text(
     assert (held_out[starts + block_size + 1] == held_out[starts]).all()
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
-def test_a_fraction_outside_0_to_1_is_refused(fraction):
-    with pytest.raises(ValueError, match=r"--data\.val_fraction=") as error:
-        split_spans(1000, "tail", fraction, 8)
-    one_line(error)
-
-
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match=r"--data\.split=middle .* tail or blocks") as error:
+    with pytest.raises(ValueError, match="split='middle' must be one of tail, blocks"):
         split_spans(1000, "middle", 0.1, 8)
-    one_line(error)
-
-
-@pytest.mark.parametrize("split", ["tail", "blocks"])
-def test_a_part_too_short_for_a_window_is_refused_with_its_size(split):
-    with pytest.raises(ValueError, match=r"validation part has 10: .*--data\.block_size=10") as e:
-        split_spans(100, split, 0.1, 10)
-    one_line(e)
-    split_spans(100, split, 0.1, 9)  # nine characters and the next: the smallest that fits
-    with pytest.raises(ValueError, match="training part has") as error:
-        split_spans(100, split, 0.9, 10)
-    one_line(error)
 
 
 # --- exact windows --------------------------------------------------------------------------------
 
 
-def test_exact_windows_of_a_tiny_text_are_these():
+def test_exact_windows_of_a_tiny_text_are_pinned():
     source = ExactWindows([(0, 10), (20, 25), (30, 31), (40, 43)], block_size=4)
     assert source.starts(np.arange(len(source))).tolist() == [0, 4, 20]
     assert source.short == [(8, 1), (40, 2)]
@@ -373,7 +335,7 @@ def test_exact_windows_predict_every_token_but_the_first_of_each_span_once(case)
 
 @quick
 @given(case=some_spans(), most=st.integers(2, 250))
-def test_the_first_tokens_of_spans_are_theirs_in_order(case, most):
+def test_first_tokens_keeps_the_first_tokens_of_the_spans(case, most):
     spans, _ = case
     held_out = [i for span in spans for i in range(*span)][:most]
     own = [[i for i in held_out if start <= i < stop] for start, stop in spans]
@@ -387,7 +349,7 @@ FAR = 2**33  # beyond what 32 bits hold, signed or not
 
 
 @pytest.mark.parametrize("kind", [SlidingWindows, RandomWindows, ExactWindows])
-def test_a_place_far_into_a_text_is_like_one_at_its_beginning(kind):
+def test_starts_beyond_32_bits_are_like_starts_at_the_beginning(kind):
     more = {SlidingWindows: (3, 5), RandomWindows: (5,), ExactWindows: ()}[kind]
     near = kind([(0, 40), (50, 83)], 4, *more)
     far = kind([(FAR, FAR + 40), (FAR + 50, FAR + 83)], 4, *more)
@@ -396,7 +358,7 @@ def test_a_place_far_into_a_text_is_like_one_at_its_beginning(kind):
 
 
 @pytest.mark.parametrize("block_size", [1, 128])
-def test_windows_of_a_vast_text_are_in_place(block_size):
+def test_windows_of_a_text_of_billions_of_tokens_are_in_place(block_size):
     spans = [(7, FAR), (FAR + 1000, 3 * FAR)]
     sliding = SlidingWindows(spans, block_size, block_size, seed=3)
     numbers = np.arange(len(sliding) - 10_000, len(sliding) + 10_000)  # the end of an epoch
@@ -427,8 +389,8 @@ def unpermute(place: int, n: int, *keys: int) -> int:
 
 
 @pytest.mark.parametrize("n", [1000, 14_062_499, 2**32 - 1, 2**32 + 1, 2**40])
-def test_permute_can_be_undone_whatever_the_size(n):
-    """What can be undone everywhere meets no two indices at one place, too many to try all."""
+def test_permute_can_be_undone_for_any_size(n):
+    """A function that can be undone is a permutation; there are too many indices to try all."""
     rng = np.random.default_rng(n)
     index = np.concatenate([[0, n - 1], rng.integers(n, size=300)])
     places = permute(index, n, 1337, 2)

@@ -1,1 +1,1 @@
-"""Text in, batches out: corpora -> tokenizers -> tokens -> windows -> datamodule."""
+"""Text in, batches out: corpus, tokenizers, tokens, windows, datamodule, in this order."""

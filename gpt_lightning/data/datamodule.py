@@ -1,140 +1,70 @@
 """From a corpus to batches, in four steps:
 
-1. the text is found (`corpora`) and encoded once into a memory-mapped file (`tokens`);
+1. the text is found (`corpus`) and encoded once into a memory-mapped file (`tokens`);
 2. it is split into training and validation spans (`windows.split_spans`);
-3. training windows are numbered without end, and each number has its place (`windows`);
-4. a batch gathers its windows at once: x (B, T), and y (B, T) one token further on.
+3. training windows are numbered without end, and each number has a start in the text (`windows`);
+4. a batch gathers its windows: x (B, T), and y (B, T) one token further on.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from gpt_lightning.data import windows
-from gpt_lightning.data.corpora import find_corpus
-from gpt_lightning.data.tokenizers import choose
-from gpt_lightning.data.tokens import prepare_tokens
+from gpt_lightning.data.corpus import Corpus, corpus_error, find_corpus
+from gpt_lightning.data.tokenizers import KINDS, UNKNOWN, Tokenizer, choose
+from gpt_lightning.data.tokens import TokenFile, prepare_tokens
+from gpt_lightning.data.windows import (
+    SPLITS,
+    ExactWindows,
+    RandomWindows,
+    SlidingWindows,
+    Span,
+    first_tokens,
+    split_spans,
+)
+from gpt_lightning.errors import UserError
 
-MOST = 10**15  # of anything that is counted: numbers stay within 64 bits
-BATCHES_AT_ONCE = 64  # window starts are worked out for this many batches in one go
+SAMPLING = ("sliding", "random")
+LARGEST = 10**15  # of any size or count: what is computed from them fits into 64 bits
+BATCHES_AT_ONCE = 64  # window starts are computed for this many batches together
+VAL_TOKENS_CPU, VAL_TOKENS = 1 << 11, 1 << 16  # of a validation batch: fill caches, or a GPU
+VAL_LOGITS = 1 << 26  # of a validation batch at most: 256 MB in fp32
+
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class WindowDataset(Dataset):
-    """Looked up by (starts, length), it gathers a whole batch: x and y, each (B, T) int64."""
-
-    def __init__(self, tokens: np.ndarray):
-        self.tokens = tokens
-
-    def __getitem__(self, where: tuple[np.ndarray, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        starts, length = where
-        block = self.tokens[starts[:, None] + np.arange(length + 1)]  # (B, T + 1)
-        block = torch.from_numpy(block.astype(np.int64))
-        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+    """The windows that begin at `starts` (B,): inputs x and targets y, each (B, length) int64."""
+    ids = tokens[starts[:, None] + np.arange(length + 1)]  # (B, T + 1)
+    block = torch.from_numpy(ids.astype(np.int64))
+    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-class TrainBatches(DistributedSampler):
-    """The window starts of one rank's training batches, from the trainer's present step on.
+class Loader:
+    """An iterable of batches, for a Trainer or a plain loop. Subclasses define `places`.
 
-    The base class only tells Lightning that ranks are already told apart. The position is read when
-    iteration begins, in the main process, so a resumed run goes on at its step with any number of
-    workers.
+    It is not a DataLoader: a memory map needs no worker processes, and Lightning uses other
+    iterables as they are, also in distributed runs.
     """
 
-    def __init__(self, data: "TextDataModule", length: int):
-        self.source, self.trainer, self.length = data.windows, data.trainer, length
-        self.batch_size, self.block_size = data.hparams.batch_size, data.hparams.block_size
-        self.overfit_batches = data.hparams.overfit_batches
+    def __init__(self, data: "TextDataModule"):
+        self.data = data
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        batch = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        within = np.arange(self.batch_size) + rank * self.batch_size
-        for first in range(0, self.length, BATCHES_AT_ONCE):
-            batches = batch + np.arange(first, min(first + BATCHES_AT_ONCE, self.length))
-            if self.overfit_batches:
-                batches %= self.overfit_batches
-            numbers = batches[:, None] * self.batch_size * world + within
-            for starts in self.source.starts(numbers.ravel()).reshape(numbers.shape):
-                yield starts, self.block_size
+    def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Window starts (B,) and window length of each batch of this rank."""
+        raise NotImplementedError
 
-    def __len__(self) -> int:
-        return self.length
+    def __iter__(self) -> Iterator[Batch]:
+        tokens, pin = self.data.tokens, self.data.device_type == "cuda"
+        for starts, length in self.places(*self.data.rank_and_world_size):
+            x, y = gather(tokens, starts, length)
+            yield (x.pin_memory(), y.pin_memory()) if pin else (x, y)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing to do: the window's number tells the epoch."""
-
-
-class ExactBatches(DistributedSampler):
-    """Held-out windows, every token once over all ranks; short last windows in batches of one."""
-
-    def __init__(self, spans: list[windows.Span], block_size: int, batch_size: int, trainer):
-        self.windows, self.batch_size = windows.ExactWindows(spans, block_size), batch_size
-        self.full = -(-len(self.windows) // batch_size)  # batches of windows of block_size
-        self.trainer = trainer
-
-    def _numbers(self) -> range:
-        """Those of all batches that fall to this rank."""
-        total = self.full + len(self.windows.short)
-        return range(self.trainer.global_rank, total, self.trainer.world_size)
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        size, count = self.batch_size, len(self.windows)
-        for i in self._numbers():
-            if i < self.full:
-                numbers = np.arange(i * size, min((i + 1) * size, count), dtype=np.int64)
-                yield self.windows.starts(numbers), self.windows.block_size
-            else:
-                start, length = self.windows.short[i - self.full]
-                yield np.array([start], np.int64), length
-
-    def __len__(self) -> int:
-        return len(self._numbers())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing to do: the order is fixed."""
-
-
-STOPS = {signal.SIGINT, signal.SIGTERM}
-OBEYS = hasattr(signal, "sigwaitinfo")  # neither on macOS nor on Windows
-
-
-def obey_the_run_alone(worker: int) -> None:
-    """Let a loader's worker end at a signal of its run and no other.
-
-    Ctrl-C and a shutdown reach all processes, and a run needs its workers until it has saved.
-    """
-
-    def wait() -> None:
-        while signal.sigwaitinfo(STOPS).si_pid != multiprocessing.parent_process().pid:
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-class ResumableLoader(DataLoader):
-    """A loader whose position is the trainer's step, so that its own state is empty.
-
-    Lightning warns of loaders without these two methods when a run resumes within an epoch.
-    """
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if not self.num_workers or not OBEYS:
-            return super().__iter__()
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # for new workers too
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    # Lightning warns when a run resumes with loaders that lack these two. The position in the
+    # text follows from the trainer's step, so there is no state.
 
     def state_dict(self) -> dict:
         return {}
@@ -143,39 +73,92 @@ class ResumableLoader(DataLoader):
         pass
 
 
-class TextDataModule(LightningDataModule):
-    """A text as sliding block windows, split into training and validation.
+class TrainLoader(Loader):
+    """One epoch of training batches, from the trainer's current step on (0 without a trainer)."""
 
-    The text is read and encoded when this is built (from a cache, after the first time), since the
-    model needs the vocabulary's size.
+    def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
+        trainer, hparams = self.data.trainer, self.data.hparams
+        batch = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        within = np.arange(hparams.batch_size) + rank * hparams.batch_size
+        for first in range(0, len(self), BATCHES_AT_ONCE):
+            batches = batch + np.arange(first, min(first + BATCHES_AT_ONCE, len(self)))
+            if hparams.overfit_batches:
+                batches %= hparams.overfit_batches
+            numbers = batches[:, None] * hparams.batch_size * world_size + within
+            for starts in self.data.windows.starts(numbers.ravel()).reshape(numbers.shape):
+                yield starts, hparams.block_size
+
+    def __len__(self) -> int:
+        trainer, (_, world_size) = self.data.trainer, self.data.rank_and_world_size
+        return self.data.batches_per_epoch(
+            world_size, trainer.accumulate_grad_batches if trainer else 1
+        )
+
+
+class ExactLoader(Loader):
+    """Held-out text, each token once over all ranks; short windows at the end of a span alone."""
+
+    def __init__(self, data: "TextDataModule", batch_size: int):
+        super().__init__(data)
+        self.windows = ExactWindows(data.val_spans, data.hparams.block_size)
+        self.batch_size = batch_size
+        self.full = -(-len(self.windows) // batch_size)  # batches of windows of block_size
+
+    def _batches(self, rank: int, world_size: int) -> range:
+        return range(rank, self.full + len(self.windows.short), world_size)
+
+    def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
+        size, count = self.batch_size, len(self.windows)
+        for i in self._batches(rank, world_size):
+            if i < self.full:
+                numbers = np.arange(i * size, min((i + 1) * size, count), dtype=np.int64)
+                yield self.windows.starts(numbers), self.windows.block_size
+            else:
+                start, length = self.windows.short[i - self.full]
+                yield np.array([start], np.int64), length
+
+    def __len__(self) -> int:
+        return len(self._batches(*self.data.rank_and_world_size))
+
+
+class TextDataModule(LightningDataModule):
+    """A text as windows of block_size tokens, split into training and validation.
 
     Args:
-        corpus: `playwright` (the embedded corpus; `playwright:SEED:CHARS` writes another),
+        corpus: `playwright` (the embedded corpus; `playwright:SEED:CHARS` generates another),
             `tinyshakespeare`, a text file, a folder of text files, or a URL.
         tokenizer: `char` (the lecture's: sorted distinct characters) or `byte` (UTF-8).
         block_size: T, the longest context in tokens.
-        batch_size: B, windows a batch in each process.
-        sampling: `sliding` (every window once an epoch, shuffled, at a fresh phase) or `random`
+        batch_size: B, windows per batch in each process.
+        sampling: `sliding` (every window once an epoch, shuffled, with a new phase) or `random`
             (the lecture's get_batch, with replacement).
-        stride: distance of neighbouring sliding windows; block_size unless given.
+        stride: distance of neighbouring sliding windows; block_size by default.
         split: `tail` holds out the end (the lecture's last 10%), `blocks` pieces throughout.
-        val_fraction: how much of the text is held out.
-        max_val_tokens: validate on the first so many held-out tokens only, where the text is large;
-            on all unless given.
+        val_fraction: share of the text that is held out; 1 to validate on all of it.
+        max_val_tokens: validate on the first held-out tokens only; on all by default.
         unknown: characters that a given vocabulary lacks: `error`, `drop` or `replace`.
-        vocabulary: the characters of the vocabulary, where they are not to be the text's own.
-        overfit_batches: train on the first so many batches alone, over and over; 0 on all.
-        num_workers: loader processes; batches are the same with any number.
+        vocabulary: the characters of the vocabulary; those of the text by default.
+        overfit_batches: train on the first batches only, again and again; 0 for all.
         seed: chooses the order of the windows.
 
-    Attributes:
+    Attributes (after `setup`):
+        corpus, corpus_sha256: the text and the digest of its content.
         tokenizer, vocab_size: of this text.
-        tokens: (N,) the whole text, memory-mapped, in the smallest unsigned type that fits.
         train_spans, val_spans: lists of (start, stop) in tokens; val_spans of what is validated.
+        windows: where training windows start.
 
     Raises:
-        ValueError: in one line, for whatever is wrong with the text or the settings.
+        UserError: for invalid settings; `prepare_data` for a text that cannot be read;
+            `setup` for a text that is too short.
     """
+
+    corpus: Corpus
+    corpus_sha256: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    train_spans: list[Span]
+    val_spans: list[Span]
+    windows: SlidingWindows | RandomWindows
 
     def __init__(
         self,
@@ -191,56 +174,102 @@ class TextDataModule(LightningDataModule):
         unknown: Literal["error", "drop", "replace"] = "error",
         vocabulary: str | None = None,
         overfit_batches: int = 0,
-        num_workers: int = 0,
         seed: int = 1337,
     ):
         super().__init__()
-        for flag, value, least, most in (
-            ("block_size", block_size, 1, MOST),
-            ("batch_size", batch_size, 1, MOST),
-            ("stride", stride, 1, MOST),
-            ("num_workers", num_workers, 0, 1000),
-            ("overfit_batches", overfit_batches, 0, MOST),
-            # a window and the token after it
-            ("max_val_tokens", max_val_tokens, block_size + 1, MOST),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"--data.{flag}={value} must be at least {least}")
-            if value is not None and value > most:
-                raise ValueError(f"--data.{flag}={value} must be at most {most}")
         self.save_hyperparameters(logger=False)
-        self.corpus = find_corpus(corpus)
-        token_file = prepare_tokens(self.corpus, tokenizer, unknown, vocabulary)
-        self.corpus_sha256 = token_file.corpus_sha256
-        self.tokenizer = token_file.tokenizer
-        self.vocab_size = self.tokenizer.vocab_size
-        self.tokens = token_file.open()
-        self.train_spans, self.val_spans = windows.split_spans(
-            len(self.tokens), split, val_fraction, block_size
-        )
-        if max_val_tokens is not None:
-            self.val_spans = windows.first_tokens(self.val_spans, max_val_tokens)
-        if choose("--data.sampling", sampling, ("sliding", "random")) == "sliding":
-            stride = block_size if stride is None else stride
-            self.windows = windows.SlidingWindows(self.train_spans, block_size, stride, seed)
-        else:
-            self.windows = windows.RandomWindows(self.train_spans, block_size, seed)
-        self._check_batch_size(1)
+        choose("tokenizer", tokenizer, KINDS)
+        choose("sampling", sampling, SAMPLING)
+        choose("split", split, SPLITS)
+        choose("unknown", unknown, UNKNOWN)
+        for field, value, least in (
+            ("block_size", block_size, 1),
+            ("batch_size", batch_size, 1),
+            ("stride", stride, 1),
+            ("overfit_batches", overfit_batches, 0),
+            ("max_val_tokens", max_val_tokens, block_size + 1),
+        ):
+            if value is not None and not least <= value <= LARGEST:
+                message = f"{field}={value} must be from {least} to {LARGEST}"
+                raise UserError(message, field=field)
+        if not 0 < val_fraction <= 1:
+            message = f"val_fraction={val_fraction} must be above 0 and at most 1"
+            raise UserError(message, field="val_fraction")
+        self.token_file: TokenFile | None = None
+        self._tokens: np.ndarray | None = None
 
-    def _check_batch_size(self, world_size: int) -> None:
-        batch_size = self.hparams.batch_size
-        if batch_size * world_size > len(self.windows):
-            processes = f" in each of {world_size} processes" if world_size > 1 else ""
-            raise ValueError(
-                f"--data.batch_size={batch_size}{processes} is more than the {len(self.windows):,} "
-                "training windows of this text; choose a smaller batch_size or block_size"
+    # --- Lightning's hooks ------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Find or download the text and encode it into the cache; a second call does nothing."""
+        if self.token_file is None:
+            hp = self.hparams
+            self.corpus = find_corpus(hp.corpus)
+            self.token_file = prepare_tokens(self.corpus, hp.tokenizer, hp.unknown, hp.vocabulary)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Set the attributes; training windows only if `stage` is "fit" or None."""
+        self.prepare_data()  # finds the files in the cache if another process has made them
+        self.corpus_sha256 = self.token_file.corpus_sha256
+        self.tokenizer = self.token_file.tokenizer
+        self.vocab_size = self.tokenizer.vocab_size
+        self.train_spans, self.val_spans = self._split(self.hparams.block_size)
+        if self.hparams.max_val_tokens is not None:
+            self.val_spans = first_tokens(self.val_spans, self.hparams.max_val_tokens)
+        if self.val_tokens < 1:
+            raise corpus_error(
+                self.corpus.name,
+                f" has {len(self.tokens):,} tokens, too few to hold out val_fraction="
+                f"{self.hparams.val_fraction} of them; give more text or a larger val_fraction",
             )
+        if stage in (None, "fit"):
+            self._check_sizes()
+            self.windows = self._windows(self.train_spans, self.hparams.block_size)
+
+    def train_dataloader(self) -> TrainLoader:
+        self.setup("fit")
+        return TrainLoader(self)
+
+    def val_dataloader(self) -> ExactLoader:
+        self.setup("validate")
+        T, B = self.hparams.block_size, self.hparams.batch_size
+        # Without gradients a batch needs far less memory than in training. The vocabulary bounds
+        # it: the logits are (B, T, V).
+        tokens = VAL_TOKENS_CPU if self.device_type == "cpu" else VAL_TOKENS
+        tokens = min(tokens, VAL_LOGITS // self.vocab_size)
+        return ExactLoader(self, max(B, min(16 * B, tokens // T)))
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    # --- what the rest of the package asks --------------------------------------------------------
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(N,) the whole text, memory-mapped, in the smallest unsigned type that fits."""
+        if self._tokens is None:
+            # Kept open: another run removes the file if it finds that the text has changed.
+            self._tokens = self.token_file.open()
+        return self._tokens
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tokens": None}  # pickle the path of the file, not the text
+
+    @property
+    def rank_and_world_size(self) -> tuple[int, int]:
+        """Of this process; (0, 1) without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    @property
+    def device_type(self) -> str:
+        """Type of the trainer's device; "cpu" without a trainer."""
+        return self.trainer.strategy.root_device.type if self.trainer else "cpu"
 
     @property
     def val_floor(self) -> float | None:
-        """Nats per character that no model can beat on the validation text, where it is known.
+        """Nats per character that no model can beat on the validation text, if known.
 
-        A token of the embedded corpus is a character, whichever the tokenizer: it is ASCII.
+        A token of the embedded corpus is a character with either tokenizer: the text is ASCII.
         """
         if self.hparams.unknown != "error":
             return None
@@ -248,59 +277,74 @@ class TextDataModule(LightningDataModule):
         costs = [self.corpus.floor(start, stop) for start, stop in spans]
         if None in costs:
             return None
-        sizes = [stop - start for start, stop in spans]
-        return float(np.average(costs, weights=sizes))
+        return float(np.average(costs, weights=[stop - start for start, stop in spans]))
 
     @property
     def val_characters(self) -> int:
-        """Characters that the validation loss predicts (not tokens: a byte is less than one)."""
+        """Characters that the validation loss predicts; for bytes fewer than tokens."""
+        tokens = self.tokens
         return sum(
-            self.tokenizer.count_characters(self.tokens[start + 1 : stop])
+            self.tokenizer.count_characters(tokens[start + 1 : stop])
             for start, stop in self.val_spans
         )
 
     @property
     def val_tokens(self) -> int:
         """Tokens that the validation loss predicts: all but the first of each span."""
-        return sum(stop - start - 1 for start, stop in self.val_spans)
+        return sum(max(0, stop - start - 1) for start, stop in self.val_spans)
 
     def batches_per_epoch(self, world_size: int = 1, accumulate: int = 1) -> int:
-        """Batches in which each process sees its share of an epoch, whole optimizer steps only."""
+        """Batches of each process in an epoch, for whole optimizer steps."""
         steps = len(self.windows) // (self.hparams.batch_size * world_size * accumulate)
         return max(1, steps) * accumulate
 
-    def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        self._check_batch_size(trainer.world_size)
-        length = self.batches_per_epoch(trainer.world_size, trainer.accumulate_grad_batches)
-        return self._loader(TrainBatches(self, length), self.hparams.num_workers)
-
-    def val_dataloader(self) -> DataLoader:
-        # Without gradients memory is no limit: as much as fills a GPU, or a CPU's caches.
-        tokens = 1 << 11 if self.trainer.strategy.root_device.type == "cpu" else 1 << 16
-        batch_size = max(self.hparams.batch_size, tokens // self.hparams.block_size)
-        sampler = ExactBatches(self.val_spans, self.hparams.block_size, batch_size, self.trainer)
-        return self._loader(sampler, num_workers=0)
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
-    def estimator_batches(self, spans: list[windows.Span], n: int, rank: int, world: int):
-        """`n` random batches of the lecture's `estimate_loss`, shared out over the ranks."""
+    def estimator_batches(
+        self, spans: list[Span], n: int, rank: int, world: int
+    ) -> Iterator[Batch]:
+        """`n` random batches for the lecture's `estimate_loss`, divided among the ranks."""
         batch_size, block_size = self.hparams.batch_size, self.hparams.block_size
-        source = windows.RandomWindows(spans, block_size, self.hparams.seed)
-        dataset = WindowDataset(self.tokens)
+        source, tokens = RandomWindows(spans, block_size, self.hparams.seed), self.tokens
         for i in range(rank, n, world):
-            # counted from the far end, so that they are not the batches that training begins with
+            # far beyond the numbers of training windows, so that no batch of training is repeated
             numbers = np.arange(i * batch_size, (i + 1) * batch_size) + (1 << 48)
-            yield dataset[source.starts(numbers), block_size]
+            yield gather(tokens, source.starts(numbers), block_size)
 
-    def _loader(self, sampler: DistributedSampler, num_workers: int) -> DataLoader:
-        return ResumableLoader(
-            WindowDataset(self.tokens),
-            sampler=sampler,
-            batch_size=None,  # the dataset gathers whole batches
-            num_workers=num_workers,
-            worker_init_fn=obey_the_run_alone if OBEYS else None,
-            pin_memory=torch.cuda.is_available(),
+    # --- sizes ------------------------------------------------------------------------------------
+
+    def _split(self, block_size: int) -> tuple[list[Span], list[Span]]:
+        hp = self.hparams
+        return split_spans(len(self.tokens), hp.split, hp.val_fraction, block_size)
+
+    def _windows(self, spans: list[Span], block_size: int) -> SlidingWindows | RandomWindows:
+        hp = self.hparams
+        if hp.sampling == "random":
+            return RandomWindows(spans, block_size, hp.seed)
+        return SlidingWindows(spans, block_size, hp.stride or block_size, hp.seed)
+
+    def _largest_batch_size(self, block_size: int) -> int:
+        """The largest batch_size for this block_size; 0 if the text is too short for a window."""
+        train, val = self._split(block_size)
+        longest = (max(stop - start for start, stop in spans) for spans in (train, val))
+        if min(longest) <= block_size:
+            return 0
+        return len(self._windows(train, block_size)) // self.rank_and_world_size[1]
+
+    def _check_sizes(self) -> None:
+        """Raise a UserError that names sizes that fit, if the text is too short for these."""
+        block_size, batch_size = self.hparams.block_size, self.hparams.batch_size
+        largest = self._largest_batch_size(block_size)
+        if largest >= batch_size:
+            return
+        field = "batch_size" if largest else "block_size"
+        while not largest and block_size > 1:
+            block_size //= 2
+            largest = self._largest_batch_size(block_size)
+        fitting = f"block_size={block_size} and batch_size={min(largest, batch_size)} fit"
+        world_size = self.rank_and_world_size[1]
+        processes = f" in each of {world_size} processes" if world_size > 1 else ""
+        raise UserError(
+            f"{field}={self.hparams[field]}{processes} is too large for a text of "
+            f"{len(self.tokens):,} tokens with val_fraction={self.hparams.val_fraction}: "
+            f"{fitting if largest else 'it needs more text'}",
+            field=field,
         )

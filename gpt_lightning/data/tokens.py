@@ -1,17 +1,11 @@
-"""Tokens: a corpus encoded once into a memory-mapped .npy file, and found there ever after.
+"""The corpus as token ids in one memory-mapped .npy file, built once and kept in the cache.
 
-Three passes over the text, all in constant memory: one for its digest, one for the vocabulary
-(where it is not given), one to encode. Later starts take the digest again, which is a second or two
-for 2 GB: a file's size and times tell nearly always whether it has changed, and a run must never
-train on what its text was before.
-
-An entry of the cache is `tokens-KIND-KEY.npy` with a JSON note of its tokenizer; the key is a hash
-of all that the ids depend on, so entries never change, and of two runs that build one at once
-either may win. The note is written first: where the .npy is, the entry is complete.
+A build reads the text in constant memory: for its digest, for the vocabulary (unless one is given),
+to encode it, and for the digest again. Later starts read it once, for the digest: a run must never
+train on an earlier version of its text.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -19,15 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_lightning.data.corpora import Corpus
-from gpt_lightning.data.files import (
-    cache_dir,
-    progress,
-    remove_orphans,
-    shown,
-    why,
-    write_atomically,
-)
+from gpt_lightning.data.corpus import Corpus, corpus_error, file_errors, lock, progress
 from gpt_lightning.data.tokenizers import (
     KINDS,
     UNKNOWN,
@@ -37,14 +23,16 @@ from gpt_lightning.data.tokenizers import (
     tokenizer_from_state,
     train_tokenizer,
 )
+from gpt_lightning.errors import UserError
+from gpt_lightning.files import cache_dir, write_atomically
 
-FORMAT = 1  # changes whenever entries of the cache would be encoded or laid out otherwise
-PIECE = 1 << 16  # bytes encoded at a time: their code points and ids stay in the processor's cache
+FORMAT = 1  # increases whenever the same text would be encoded or stored differently
+PIECE = 1 << 16  # bytes encoded at a time: their ids stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """The ids of a corpus, and the tokenizer that they are of."""
+    """The ids of a corpus in a .npy file, and the tokenizer that made them."""
 
     path: Path
     tokenizer: Tokenizer
@@ -56,109 +44,97 @@ class TokenFile:
 
 
 def prepare_tokens(
-    corpus: Corpus,
-    tokenizer: str = "char",
-    unknown: str = "error",
-    vocabulary: str | None = None,
-    cache: Path | None = None,
+    corpus: Corpus, tokenizer: str = "char", unknown: str = "error", vocabulary: str | None = None
 ) -> TokenFile:
-    """The token file of a corpus, from the cache (`cache_dir()` unless given) or built now.
+    """The token file of a corpus, from the cache or built now.
 
-    A `vocabulary` (for "char") replaces the text's own distinct characters; `unknown` says what
-    becomes of characters it lacks. Raises ValueError for a text that cannot be read or encoded, or
-    that has no token, and if it changes meanwhile.
+    Args:
+        corpus: the text.
+        tokenizer: kind of tokenizer, "char" or "byte".
+        unknown: what happens to characters that the vocabulary lacks: "error", "drop", "replace".
+        vocabulary: characters of the vocabulary ("char" only); those of the text by default.
+
+    Raises:
+        UserError: if the text cannot be read or encoded, has no token, or changes meanwhile.
     """
-    choose("--data.tokenizer", tokenizer, KINDS)
-    choose("--data.unknown", unknown, UNKNOWN)
-    given = vocabulary is not None
-    if given and tokenizer != "char":
-        raise ValueError(f"--data.vocabulary is for the char tokenizer, not for {tokenizer}")
-    before = _stamps(corpus)
-    with _bar(corpus, "digest") as bar:
-        content = corpus.sha256(bar.update)
-    parts = [FORMAT, content, tokenizer, vocabulary, unknown if given else None]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    folder = Path(cache) if cache else cache_dir()
-    entry = folder / f"tokens-{tokenizer}-{key[:32]}.npy"
-    if found := _find(entry, unknown):
-        return TokenFile(entry, found, content)
+    choose("tokenizer", tokenizer, KINDS)
+    choose("unknown", unknown, UNKNOWN)
+    if vocabulary is not None and tokenizer != "char":
+        raise UserError(
+            f"vocabulary is for the char tokenizer, not for {tokenizer}", field="vocabulary"
+        )
+    with file_errors(corpus.name):
+        digest = corpus.sha256()
+        policy = None if vocabulary is None else unknown  # else no character is unknown
+        # The ids depend on these alone, so a file in the cache never changes.
+        parts = json.dumps([FORMAT, digest, tokenizer, vocabulary, policy])
+        key = hashlib.sha256(parts.encode()).hexdigest()[:32]
+        path = cache_dir() / f"tokens-{tokenizer}-{key}.npy"
+        coder = _find(path, unknown)
+        if coder is None:
+            with lock(path):  # another process may be building it
+                coder = _find(path, unknown) or _build(
+                    path, corpus, digest, tokenizer, unknown, vocabulary
+                )
+    return TokenFile(path, coder, digest)
 
+
+def _find(path: Path, unknown: str) -> Tokenizer | None:
+    """The tokenizer of a file in the cache, or None if there is no such file or it is damaged."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_orphans(folder, "tokens-")
-        if given:
-            coder = CharTokenizer(vocabulary, unknown)
-        else:
-            with _bar(corpus, "vocabulary") as bar:
-                coder = train_tokenizer(tokenizer, corpus.chunks(PIECE, bar.update), unknown)
-        _build(entry, corpus, coder)
-    except OSError as error:
-        raise ValueError(
-            f"--data.corpus={shown(corpus.name)}: its token file {shown(entry)} cannot be made "
-            f"({why(error)}); GPT_LIGHTNING_CACHE can name another folder"
-        ) from error
-    finally:
-        # also on an error, which the change may have caused
-        if _stamps(corpus) != before:
-            entry.unlink(missing_ok=True)
-            raise ValueError(
-                f"--data.corpus={shown(corpus.name)} changed while it was read; run again"
-            )
-    return TokenFile(entry, coder, content)
+        note = json.loads(path.with_suffix(".json").read_bytes())
+        coder, ids = tokenizer_from_state(note["tokenizer"], unknown), np.load(path, mmap_mode="r")
+        return coder if (ids.dtype, len(ids)) == (coder.dtype, note["tokens"]) else None
+    except (OSError, ValueError, LookupError, TypeError, EOFError):
+        return None
 
 
-def _stamps(corpus: Corpus) -> list[tuple[int, int]]:
-    """What changes with the files of a corpus: size and time of each."""
-    try:
-        found = [path.stat() for path in corpus.paths]
-    except OSError as error:
-        where = f"{shown(corpus.name)}: {shown(error.filename)}"
-        raise ValueError(f"--data.corpus={where} cannot be read ({why(error)})") from error
-    return [(one.st_size, one.st_mtime_ns) for one in found]
-
-
-def _bar(corpus: Corpus, title: str):
-    """A progress bar for one pass over the bytes of a corpus."""
-    return progress(sum(size for size, _ in _stamps(corpus)), title)
-
-
-def _header(dtype: np.dtype, count: int) -> bytes:
-    """The 128 bytes before the ids in a .npy file, of one size for every count."""
-    fields = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
-    return b"\x93NUMPY\x01\x00\x76\x00" + f"{fields!r:<117}\n".encode()
-
-
-def _build(entry: Path, corpus: Corpus, coder: Tokenizer) -> None:
+def _build(
+    path: Path, corpus: Corpus, digest: str, kind: str, unknown: str, vocabulary: str | None
+) -> Tokenizer:
+    """Encode the corpus into `path`, with a note of its tokenizer and origin beside it."""
+    size = sum(path.stat().st_size for path in corpus.paths)
+    coder: Tokenizer
+    if vocabulary is not None:
+        coder = CharTokenizer(vocabulary, unknown)
+    else:
+        with progress(size, "vocabulary") as bar:
+            coder = train_tokenizer(kind, corpus.chunks(PIECE, bar.update), unknown)
     count = 0
-    with write_atomically(entry) as file, _bar(corpus, "tokens") as bar:
-        file.write(_header(coder.dtype, 0))
+    with write_atomically(path) as file, progress(size, "tokens") as bar:
+        _write_header(file, coder.dtype, 0)
         for chunk in corpus.chunks(PIECE, bar.update):
             try:
-                ids = coder.encode(chunk, offset=count)  # of characters: none is left out
-            except ValueError as error:
-                raise ValueError(f"--data.corpus={shown(corpus.name)}: {error}") from None
+                ids = coder.encode(chunk, offset=count)  # an error means one id per character
+            except UserError as error:
+                raise corpus_error(corpus.name, f": {error}") from None
             count += len(ids)
             file.write(ids.data)
         if count == 0:
-            raise ValueError(
-                f"--data.corpus={shown(corpus.name)} has no character of the vocabulary"
-            )
+            raise corpus_error(corpus.name, " has no character of the vocabulary")
+        if corpus.sha256() != digest:
+            raise corpus_error(corpus.name, " changed while it was read; run again")
         file.seek(0)
-        file.write(_header(coder.dtype, count))
-        note = {"format": FORMAT, "tokens": count, "tokenizer": coder.state()}
-        with write_atomically(entry.with_suffix(".json")) as side:
-            side.write(json.dumps(note).encode())
+        _write_header(file, coder.dtype, count)  # of the same size: numpy leaves room for growth
+        note = {"corpus": corpus.name, "sha256": digest, "tokens": count}
+        with write_atomically(path.with_suffix(".json")) as note_file:
+            note_file.write(json.dumps({**note, "tokenizer": coder.state()}).encode())
+    _remove_outdated(corpus.name, digest)
+    return coder
 
 
-def _find(entry: Path, unknown: str) -> Tokenizer | None:
-    """The tokenizer of an entry, or None if there is none, or it is not as it was written."""
-    try:
-        note = json.loads(entry.with_suffix(".json").read_bytes())
-        coder, count = tokenizer_from_state(note["tokenizer"], unknown), note["tokens"]
-        header = _header(coder.dtype, count)
-        with entry.open("rb") as file:
-            whole = file.read(len(header)) == header
-        size = len(header) + count * coder.dtype.itemsize
-        return coder if whole and entry.stat().st_size == size else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+def _write_header(file, dtype: np.dtype, count: int) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _remove_outdated(name: str, digest: str) -> None:
+    """Remove the token files of what the corpus of this name was before it changed."""
+    for note_path in cache_dir().glob("tokens-*.json"):
+        # not a damaged note, nor, on Windows, a file that another run has open
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            note = json.loads(note_path.read_bytes())
+            if note["corpus"] == name and note["sha256"] != digest:
+                for path in cache_dir().glob(f"*{note_path.stem}.*"):
+                    path.unlink()

@@ -1,1 +1,1 @@
-"""Generated text out: logits -> next token (sampling) -> ids (engine) -> text (writer)."""
+"""Text generation: logits -> next token (sampling), model and prompt -> text (generator)."""

@@ -1,31 +1,33 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p, then one draw.
+"""From logits to the next token: temperature, top-k, top-p and min-p, then one draw.
 
-Legend: B samples side by side, V vocabulary.
+Legend: B samples, V vocabulary.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-TINY = torch.finfo(torch.float32).tiny  # below it a temperature would be 0 in float32
+from gpt_lightning.errors import UserError
+
+TINY = torch.finfo(torch.float32).tiny  # a smaller temperature would be 0 in float32
 
 
 @dataclass
 class Sampling:
     """How the next token is chosen from the model's logits.
 
-    The filters apply in this order, each to what the one before left.
+    The filters apply in this order, each to the tokens that the previous one keeps.
 
     Args:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: keeps the k likeliest tokens.
-        top_p: keeps the likeliest tokens that together reach this probability (nucleus sampling,
-            Holtzman et al. 2020).
-        min_p: keeps tokens of at least this share of the likeliest one's probability (Nguyen et
-            al. 2024).
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: keep the k most likely tokens.
+        top_p: keep the most likely tokens whose probabilities sum to at least this (nucleus
+            sampling, Holtzman et al. 2020).
+        min_p: keep tokens with at least this fraction of the most likely token's probability
+            (Nguyen et al. 2024).
 
     Raises:
-        ValueError: in one line that names the flag, for a setting out of range.
+        UserError: for a value out of range.
     """
 
     temperature: float = 1.0
@@ -35,29 +37,39 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature={self.temperature} must be 0 or more")
+            message = f"temperature={self.temperature} must be 0 or a positive number"
+            raise UserError(message, field="temperature")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top_k={self.top_k} must be at least 1")
+            raise UserError(f"top_k={self.top_k} must be at least 1", field="top_k")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"--{name}={value} must be above 0 and at most 1")
+                raise UserError(f"{name}={value} must be above 0 and at most 1", field=name)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) to the probabilities (B, V) that the next token is drawn from."""
-        # Ties are broken by the lower id, so that top_k keeps exactly k and 0 always picks one.
+        """Logits (B, V) to the probabilities (B, V) that the next token is drawn from.
+
+        Raises:
+            UserError: if the model's logits are NaN or infinite.
+        """
+        # The lower id comes first among ties: top_k keeps exactly k tokens.
         ordered, ids = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+        if not ordered[:, 0].isfinite().all():  # torch sorts NaN as the largest
+            raise UserError(
+                "the model's logits are not finite numbers: its training diverged; train again "
+                "with a lower learning_rate"
+            )
         if self.temperature == 0:
             probs = torch.zeros_like(ordered)
             probs[:, 0] = 1.0
         else:
-            # subtracting the largest first: a tiny temperature must not overflow
+            # subtract the largest logit first: a small temperature must not overflow
             scaled = (ordered - ordered[:, :1]) / max(self.temperature, TINY)
             if self.top_k is not None:
                 scaled[:, self.top_k :] = -torch.inf
             probs = torch.softmax(scaled, dim=-1)
             if self.top_p is not None:
-                before = probs.cumsum(dim=-1) - probs  # the likeliest always stays
+                before = probs.cumsum(dim=-1) - probs  # 0 for the most likely token: it stays
                 probs = torch.where(before < max(self.top_p, TINY), probs, 0.0)
             if self.min_p is not None:
                 probs = torch.where(probs >= self.min_p * probs[:, :1], probs, 0.0)
@@ -65,8 +77,11 @@ class Sampling:
         return torch.empty_like(probs).scatter_(-1, ids, probs)
 
     def sample(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Logits (B, V) to token ids (B,). The draw is made on the CPU: a seed means the same
-        text on every device, as far as the logits agree."""
+        """Logits (B, V) to token ids (B,).
+
+        Tokens are drawn on the CPU, so that a seed gives the same text on every device, up to the
+        rounding of the logits.
+        """
         probs = self.probabilities(logits.cpu())
         if self.temperature == 0:
             return probs.argmax(dim=-1)

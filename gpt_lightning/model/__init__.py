@@ -1,87 +1,75 @@
-"""Token ids (B, T) in, logits (B, T, V) out: every model, built by name from plain settings."""
+"""Language models: token ids (B, T) in, logits (B, T, V) out.
 
+A model is built from its config, a dataclass; `config_to_dict` and `config_from_dict` turn a config
+into plain types and back.
+"""
+
+import json
 from dataclasses import asdict, fields
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
+from gpt_lightning.errors import UserError, did_you_mean
 from gpt_lightning.model.gpt import GPT, GPTConfig
-from gpt_lightning.model.lecture import Bigram, LectureConfig, LectureGPT
-from gpt_lightning.model.size import memory, numbers, refuse_too_large, table_numbers
+from gpt_lightning.model.lecture import Bigram, BigramConfig, LectureConfig, LectureGPT
 
-MODELS = {
-    "gpt": (GPT, GPTConfig),
-    "lecture": (LectureGPT, LectureConfig),
-    "bigram": (Bigram, LectureConfig),
+ModelConfig = GPTConfig | LectureConfig | BigramConfig
+
+CONFIGS: dict[str, type[ModelConfig]] = {
+    config.name: config for config in (GPTConfig, LectureConfig, BigramConfig)
 }
-TABLES = 1 << 28  # bytes of what a stranger's model may compute for its positions
 
 
-def build_config(name: str, **settings: Any) -> GPTConfig | LectureConfig:
-    """The config of the model `name`, with defaults for what `settings` leaves out.
-
-    The lecture's switches may stand among the modern GPT's settings, as long as nobody turned one.
+def build_model(config: ModelConfig) -> nn.Module:
+    """Build the model that `config` describes, with initial weights drawn from torch's generator.
 
     Raises:
-        ValueError: in one line, for an unknown name, or settings that cannot be.
+        ValueError: if `vocab_size` or `block_size` is not filled in.
     """
-    if name not in MODELS:
-        raise ValueError(f"--model.name={name} is unknown; choose one of {', '.join(MODELS)}")
-    config = MODELS[name][1]
-    own = {field.name: field.type for field in fields(config)}
-    for switch in fields(LectureConfig):
-        if switch.name in settings.keys() - own.keys():
-            value = settings.pop(switch.name)
-            if value != switch.default:
-                raise ValueError(
-                    f"--model.{switch.name}={value} is a setting of --model.name=lecture, not of "
-                    f"--model.name={name}"
-                )
-    for key in settings.keys() & own.keys():
-        value, kinds = settings[key], get_args(own[key]) or (own[key],)
-        if type(value) not in kinds and not (type(value) is int and float in kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"--model.{key}={str(value)[:40]!r} must be of type {wanted}")
-    return config(**settings)
+    if config.vocab_size == 0 or config.block_size == 0:
+        raise ValueError(f"vocab_size and block_size must be set before a model is built: {config}")
+    if isinstance(config, GPTConfig):
+        return GPT(config)
+    if isinstance(config, LectureConfig):
+        return LectureGPT(config)
+    return Bigram(config)
 
 
-def build_model(name: str, **settings: Any) -> nn.Module:
-    """Build the model `name` from the settings of its config class.
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """The config as plain types: the model's name and every field."""
+    return {"name": config.name, **asdict(config)}
+
+
+def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
+    """The config of the model `settings["name"]`; fields that are not given have their defaults.
 
     Raises:
-        ValueError: as `build_config`, and for a model that has no room in this machine's memory.
+        UserError: for an unknown name or field, a value of the wrong type, or one out of range.
     """
-    config = build_config(name, **settings)
-    refuse_too_large(name, config)
-    return MODELS[name][0](config)
+    settings = dict(settings)
+    name = str(settings.pop("name", None))
+    if name not in CONFIGS:
+        hint = did_you_mean(name, CONFIGS)
+        message = f"name={name} is not a model; choose one of {', '.join(CONFIGS)}{hint}"
+        raise UserError(message, field="name")
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(CONFIGS[name])}
+    for key, value in settings.items():
+        shown = f"{key}={json.dumps(value, default=str)}"
+        if key not in types:
+            hint = did_you_mean(key, types)
+            raise UserError(f"{shown} is not a setting of the {name} model{hint}", field=key)
+        # exact types: a bool is not an int here; an int is a valid float
+        if type(value) not in types[key] and not (type(value) is int and float in types[key]):
+            expected = " or ".join(kind.__name__ for kind in types[key])
+            raise UserError(f"{shown} must be of type {expected}", field=key)
+    return CONFIGS[name](**settings)
 
 
-def load_model(weights: dict[str, torch.Tensor], name: str, **settings: Any) -> nn.Module:
-    """Build the model `name` and fill in its weights, which may be a stranger's.
-
-    Memory is taken for as many numbers as the weights have, and no more.
-
-    Raises:
-        ValueError: in one line, if the settings do not fit the weights, or if those that are in no
-            weight (the context's length, where positions are computed) would take too much memory.
-    """
-    config = build_config(name, **settings)
-    if numbers(name, config) != sum(tensor.numel() for tensor in weights.values()):
-        raise ValueError("other shapes")
-    if config.n_layer > max(len(weights), 1000):  # a bigram has settings that are in no weight
-        raise ValueError(f"n_layer={config.n_layer}")
-    window = 8 * config.n_layer * config.block_size * config.n_embd  # keys and values, in fp32
-    if 4 * table_numbers(name, config) > TABLES or window > memory():
-        raise ValueError(f"its block_size={config.block_size} would take too much memory")
-    model = MODELS[name][0](config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError("other names or shapes") from error
-    return model
-
-
-def model_settings(name: str, model: nn.Module) -> dict[str, Any]:
-    """What `build_model` needs to build `model` again, as plain types."""
-    return {"name": name, **asdict(model.config)}
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, without the multi-token heads, which generation does not use."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not name.startswith("multi_token_heads.")
+    )

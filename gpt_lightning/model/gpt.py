@@ -1,99 +1,118 @@
-"""The modern GPT: the lecture's, with what has been learned since, where it pays at this size.
+"""The modern GPT: the lecture's GPT with later improvements that lower the loss at this size.
 
-From token ids to logits, top-down:
-
-1. a token's embedding, plus one for each n-gram that ends with it: the pair with the token before
-   it, the triple with the two before it, and so on;
-2. blocks of attention (rotary positions, normalised queries and keys, value embeddings) and
-   feed-forward (squared ReLU), each reading a normalised stream and adding to it, nothing at first:
-   their last matrices begin at zero;
-3. a head of its own, zero at first too.
-
-No biases, no learned norms, no position table. What was tried besides and does not pay is in
-docs/experiments.md, with its figures.
+Tokens and n-grams are embedded, blocks of attention and feed-forward add to the residual stream,
+and a linear head reads it. There are no biases, no learned norms and no position embeddings.
+docs/experiments.md has the figures, also of what was tried and rejected.
 
 Legend: B batch, T time (at most block_size), C channels (n_embd), H heads, D head size (C / H),
 V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt_lightning.errors import UserError
 from gpt_lightning.model.attention import KVCache, causal_attention
 
-# Rows of an embedding at most, where n-grams share them: of pairs, and of longer ones. A prime for
-# these: the row is a remainder, which with a power of two would know the last bytes alone.
-PAIRS, NGRAMS = 1 << 15, 16_381
+# Largest numbers of rows of the n-gram embeddings; n-grams share rows beyond that. Those of longer
+# n-grams have a prime number of rows: the row is a remainder, and a remainder by a power of two
+# would depend on the n-gram's last bytes only.
+PAIR_ROWS, NGRAM_ROWS = 1 << 15, 16_381
+MULTI_TOKEN_WEIGHT = 0.3  # of the first multi-token head's loss; head n has a weight of 0.3 / n
 
 
 @dataclass
 class GPTConfig:
-    """The modern GPT in numbers.
+    """Settings of the modern GPT.
 
     Args:
-        vocab_size: V, distinct tokens; follows from the text.
-        block_size: T, the longest context.
-        n_layer: blocks, one after the other.
+        n_layer: number of blocks.
         n_head: attention heads in each block.
         n_embd: C, channels; a multiple of 2 n_head.
-        dropout: share of channels dropped in training, of what each layer adds to the stream; in a
-            window the same ones at all positions.
-        n_gram: up to so many tokens in a row have an embedding together, from 2 to 16.
+        dropout: fraction of the channels that is dropped in training from what each layer adds to
+            the residual stream, the same channels at all positions of a window.
+        n_gram: length of the longest n-grams that have embeddings, from 2 to 16.
+        multi_token_heads: number of extra heads that predict further tokens after the next one,
+            in training only (Gloeckle et al. 2024, "Better & Faster Large Language Models via
+            Multi-token Prediction").
+        vocab_size: V, number of distinct tokens; 0: filled in from the data.
+        block_size: T, length of the context in tokens; 0: filled in from the data.
 
     Raises:
-        ValueError: in one line that names the flag, for sizes that cannot be.
+        UserError: for a value out of range.
     """
 
-    vocab_size: int
-    block_size: int
+    name: ClassVar[str] = "gpt"
+
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
     n_gram: int = 3
+    multi_token_heads: int = 1
+    vocab_size: int = 0
+    block_size: int = 0
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--model.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1", field=name)
+        for name in ("multi_token_heads", "vocab_size", "block_size"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0", field=name)
         if not 2 <= self.n_gram <= 16:
-            raise ValueError(f"--model.n_gram={self.n_gram} must lie in [2, 16]")
+            raise UserError(f"n_gram={self.n_gram} must be between 2 and 16", field="n_gram")
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(
-                f"--model.n_embd={self.n_embd} is not divisible by twice "
-                f"--model.n_head={self.n_head}: each head takes an equal and even share"
+            raise UserError(
+                f"n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head}: each head "
+                "takes an equal and even number of channels",
+                field="n_embd",
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"--model.dropout={self.dropout} must lie in [0, 1)")
+            raise UserError(f"dropout={self.dropout} must be in [0, 1)", field="dropout")
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm without weights: RMSNorm comes to the same loss, and torch takes three to seven
-    times as long for it on a CPU."""
+    """LayerNorm without weights. RMSNorm reaches the same loss and is slower on a CPU."""
     return F.layer_norm(x, (x.shape[-1],)).type_as(x)
 
 
-def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Turn pairs of channels of x (..., T, 1, H, D) by angles that grow with the position.
+def rotary_table(config: GPTConfig) -> torch.Tensor:
+    """Cosines and signed sines (2, T, 1, 1, D) of the rotary angles.
 
-    A score then depends on how far apart two tokens are (rotary positions, Su et al. 2021).
+    Wavelengths grow from 2 pi to 10,000 times that (Su et al. 2021, "RoFormer").
+    """
+    half = config.n_embd // config.n_head // 2
+    frequencies = 10_000.0 ** (-torch.arange(half) / half)
+    angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    table = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+    return table[:, :, None, None]
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels of x (B, T, 2, H, D) by angles proportional to the position.
+
+    The score of a query and a key then depends on the distance between their tokens.
     """
     left, right = x.chunk(2, dim=-1)
     return x * rotary[0] + torch.cat([right, left], dim=-1) * rotary[1]
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention with rotary positions."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        # a value that each token has for itself (Zhou et al. 2024, "Value residual learning")
+        # a part of the value that depends on the token alone (Zhou et al. 2024, "Value residual
+        # learning")
         self.value_embedding = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(
@@ -101,10 +120,10 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        # normalised queries and keys: scores stay bounded (Henry et al. 2020, "QK-norm")
-        q, k = rotate(norm(qkv[:, :, :2]), rotary).permute(2, 0, 3, 1, 4)
-        own = self.value_embedding(ids).view(B, T, self.n_head, -1)
-        v = (qkv[:, :, 2] + own.type_as(qkv)).transpose(1, 2)
+        # normalised queries and keys keep the scores bounded (Henry et al. 2020, "QK-norm")
+        q, k = rotate(norm(qkv[:, :, :2]), rotary).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        value_embedding = self.value_embedding(ids).view(B, T, self.n_head, -1)
+        v = (qkv[:, :, 2] + value_embedding.type_as(qkv)).transpose(1, 2)  # (B, H, T, D)
         scale = q.shape[-1] ** -0.5
         if cache is None:
             out = causal_attention(q, k, v, scale)  # (B, H, T, D)
@@ -114,7 +133,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Squared ReLU, four times as wide inside (So et al. 2021, "Primer")."""
+    """Two linear layers with a squared ReLU between them (So et al. 2021, "Primer")."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -122,11 +141,11 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(F.relu(self.fc(x)).square())
+        return self.proj(F.relu(self.fc(x)).square())  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each added to the stream."""
+    """Attention, then feed-forward; both read the normalised residual stream and add to it."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -134,12 +153,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = config.dropout
 
-    def forward(self, x, ids, rotary, cache):
+    def forward(
+        self, x: torch.Tensor, ids: torch.Tensor, rotary: torch.Tensor, cache: KVCache | None
+    ) -> torch.Tensor:
         x = x + self.drop(self.attn(norm(x), ids, rotary, cache))
-        return x + self.drop(self.mlp(norm(x)))
+        return x + self.drop(self.mlp(norm(x)))  # (B, T, C)
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """Dropout with one mask for all positions of a window, a tenth of the work on a CPU."""
+        """Dropout with one mask (B, 1, C) for all positions: a tenth of the work on a CPU."""
         if not self.training or self.dropout == 0:
             return x
         return x * F.dropout(torch.ones_like(x[:, :1]), self.dropout)
@@ -153,66 +174,90 @@ class GPT(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.n_embd
         self.token_embedding = nn.Embedding(V, C)
-        # n-grams of the input (Huang et al. 2025, "Over-tokenized transformer")
-        self.pair_embedding = nn.Embedding(min(V**2, PAIRS), C)
-        self.ngram_embeddings = nn.ModuleList(  # of triples, ...
-            nn.Embedding(min(V**n, NGRAMS), C) for n in range(3, config.n_gram + 1)
+        # pairs, triples, ... of input tokens (Huang et al. 2025, "Over-tokenized transformer")
+        self.pair_embedding = nn.Embedding(min(V**2, PAIR_ROWS), C)
+        self.ngram_embeddings = nn.ModuleList(
+            nn.Embedding(min(V**n, NGRAM_ROWS), C) for n in range(3, config.n_gram + 1)
         )
-        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = nn.Linear(C, V, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
-        for module in (self.pair_embedding, *self.ngram_embeddings, self.lm_head):
+        self.multi_token_heads = nn.ModuleList(
+            nn.Linear(C, V, bias=False) for _ in range(config.multi_token_heads)
+        )
+        self.zero_init()
+
+    def zero_init(self) -> None:
+        """Begin as uniform predictions from token embeddings alone: what is added to them, and
+        every head, is zero."""
+        zeros = [self.pair_embedding, *self.ngram_embeddings, self.lm_head, *self.multi_token_heads]
+        zeros += [layer.proj for block in self.blocks for layer in (block.attn, block.mlp)]
+        for module in zeros:
             nn.init.zeros_(module.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.proj.weight)
 
     def forward(
-        self, ids: torch.Tensor, cache: KVCache | None = None, with_features: bool = False
+        self,
+        ids: torch.Tensor,
+        cache: KVCache | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits of ids (B, T), which in generation go on from what the cache has seen.
+        """Logits of the next token at each position.
 
-        `with_features` adds what the head reads, (B, T, C).
+        Args:
+            ids: (B, T) a window of tokens.
+            cache: for generation; only the tokens that it does not hold yet are computed.
+            targets: (B, T) the next tokens, for `multi_token_loss`.
+
+        Returns:
+            logits (B, T, V), with a cache those of the new tokens; with targets also the loss.
         """
-        start, stop = cache.extend(ids.shape[1]) if cache else (0, ids.shape[1])
-        assert self.config.block_size >= stop, f"{stop} tokens, block_size {self.config.block_size}"
-        x = norm(self.embed(ids, cache))  # (B, T, C)
+        start, stop = 0 if cache is None else cache.length, ids.shape[1]
+        assert stop <= self.config.block_size, f"{stop} tokens, block_size {self.config.block_size}"
+        x = norm(self.embed(ids, start))  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            # the stream too, or every layer would copy its input and its result
+            # the residual stream too: otherwise every layer converts its input and its output
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rotary = self.rotary[:, start:stop].type_as(x)
         for block in self.blocks:
-            x = block(x, ids, rotary, cache)
+            x = block(x, ids[:, start:], rotary, cache)
+        if cache is not None:
+            cache.length = stop
         x = norm(x)
         logits = self.lm_head(x)  # (B, T, V)
-        return (logits, x) if with_features else logits
+        return logits if targets is None else (logits, self.multi_token_loss(x, targets))
 
-    def embed(self, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """Each token alone, and in each n-gram that it ends, (B, T, C).
+    def embed(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Sum of the embeddings of each token and of the n-grams that end with it.
 
-        Before the first one stands itself.
+        Args:
+            ids: (B, T); n-grams that begin before the window are filled up with its first token.
+            start: the first position to embed.
+
+        Returns:
+            (B, T - start, C)
         """
-        (B, T), behind = ids.shape, self.config.n_gram - 1
-        last = cache.last if cache is not None else None
-        known = torch.cat([ids[:, :1].expand(B, behind) if last is None else last, ids], dim=1)
-        if cache is not None:
-            cache.last = known[:, T:]
-        x, number = self.token_embedding(ids), ids
+        (B, T), longest = ids.shape, self.config.n_gram - 1
+        padded = torch.cat([ids[:, :1].expand(B, longest), ids], dim=1)
+        ngram = ids[:, start:]  # as a number whose digits, base V, are its tokens
+        x = self.token_embedding(ngram)
         for n, table in enumerate([self.pair_embedding, *self.ngram_embeddings], start=1):
-            # the n-gram as a number whose digits are its tokens, less what leaves no remainder
-            digit = self.config.vocab_size**n % (PAIRS * NGRAMS)
-            number = number + known[:, behind - n : behind - n + T] * digit
-            x = x + table(number % table.num_embeddings)
+            token = padded[:, start + longest - n : T + longest - n]  # n positions earlier
+            # the factor is reduced so that it does not overflow; the remainder stays the same
+            ngram = ngram + token * (self.config.vocab_size**n % (PAIR_ROWS * NGRAM_ROWS))
+            x = x + table(ngram % table.num_embeddings)
         return x
 
+    def multi_token_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the multi-token heads' cross-entropies, in nats per token and in fp32.
 
-def rotary_table(config: GPTConfig) -> torch.Tensor:
-    """Cosines, and sines with their signs, (2, T, 1, 1, D): wavelengths from 2 pi to 10,000 times
-    that."""
-    half = config.n_embd // config.n_head // 2
-    angles = torch.outer(
-        torch.arange(config.block_size), 10_000.0 ** (-torch.arange(half) / half)
-    )  # (T, D / 2)
-    cos, sin = angles.cos(), angles.sin()
-    table = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
-    return table[:, :, None, None]
+        Args:
+            x: (B, T, C) what the heads read.
+            targets: (B, T) the next tokens; head n predicts the n-th token after them.
+        """
+        loss = x.new_zeros((), dtype=torch.float32)
+        for n, head in enumerate(self.multi_token_heads, start=1):
+            if n < targets.shape[1]:
+                logits = head(x[:, :-n]).flatten(0, 1).float()  # (B * (T - n), V)
+                cross_entropy = F.cross_entropy(logits, targets[:, n:].flatten())
+                loss = loss + MULTI_TOKEN_WEIGHT / n * cross_entropy
+        return loss

@@ -1,202 +1,206 @@
-"""What watches a run: figures for the loggers, generated text, the progress bar."""
+"""Callbacks of a run: metrics for the loggers, generated samples, the progress bar, predictions."""
 
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gpt_lightning.errors import UserError
+from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.generation.writer import Writer
+from gpt_lightning.training.checkpoint import optimizer_step_done
+
+# TensorBoard's tab "custom scalars": both losses and the floor in one chart
+CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val", "loss/floor"]]}}
+SAMPLE_STEPS = 500
 
 
-def stepped(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this batch completed an optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+class TrainingClock:
+    """Seconds spent in training steps: validation, samples and saves are left out."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.running_since: float | None = None
+
+    def start(self) -> None:
+        if self.running_since is None:
+            self.running_since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self.running_since is not None:
+            self.seconds += time.perf_counter() - self.running_since
+            self.running_since = None
 
 
-# TensorBoard's tab "custom scalars": what belongs together in one chart
-CHARTS = {
-    "loss": {"nats per character": ["Multiline", ["train/loss", "val/loss", "val/floor"]]},
-    "step": {
-        "learning rate": ["Multiline", ["lr", "lr_muon"]],
-        "gradient norm": ["Multiline", ["grad_norm"]],
-        "characters per second": ["Multiline", ["chars_per_second"]],
-    },
-}
+class TrainingMetrics(Callback):
+    """Logs every `log_every_n_steps` steps, and prints a line after each validation.
 
-
-class RunLog(Callback):
-    """Writes `train/loss` (nats per token, mean over processes and micro-steps), `lr`, `lr_muon`,
-    `grad_norm` and `chars_per_second` (training alone, all processes) every `log_every_n_steps`
-    steps.
-
-    A callback and not `self.log` in the step: that costs 0.3 ms on every step, logged or not.
+    `loss/train` is in nats per token, the mean over processes and micro-steps;
+    `speed/chars_per_second` counts the training of all processes. This is a callback and not
+    `self.log` in the step, which costs 0.3 ms in every step, logged or not.
     """
 
     def __init__(self):
-        self.losses: list[torch.Tensor] = []  # of the present step, one for each micro-step
-        self.tokens, self.seconds = 0, 0.0  # since the last line
-        self.all_seconds = 0.0  # of training alone, since its start
-        self.since: float | None = None  # when training last went on
+        self.losses: list[torch.Tensor] = []  # of the current step, one for each micro-step
+        self.tokens, self.seconds_before = 0, 0.0  # since the last log line, and until it
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.since = time.perf_counter()
+        module.clock.start()
         for logger in trainer.loggers:
-            logger.log_hyperparams(settings(module))
+            logger.log_hyperparams(all_settings(module))
             if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0:
                 logger.experiment.add_custom_scalars(CHARTS)
 
-    def pause(self) -> None:
-        """Stop the clock: what follows is not training. It goes on with the next batch."""
-        if self.since is not None:
-            passed = time.perf_counter() - self.since
-            self.seconds += passed
-            self.all_seconds += passed
-            self.since = None
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.pause()
-
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.since is None:
-            self.since = time.perf_counter()
+        module.clock.start()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses.append(outputs["next"])
         self.tokens += batch[1].numel()
-        if not stepped(trainer, batch_idx):
+        if not optimizer_step_done(trainer, batch_idx):
             return
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            self.write(trainer, module)
+            self.log_metrics(trainer, module)
         self.losses.clear()
 
-    def write(self, trainer: Trainer, module: LightningModule) -> None:
-        loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
-        self.pause()
+    def log_metrics(self, trainer: Trainer, module: LightningModule) -> None:
+        loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
+        loss = float(loss)  # a GPU finishes its work here, before the clock is read
+        module.clock.pause()
+        seconds = module.clock.seconds - self.seconds_before
         metrics = {
-            "train/loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "chars_per_second": self.tokens * trainer.world_size / max(self.seconds, 1e-9),
+            "loss/train": loss,
+            "speed/chars_per_second": self.tokens * trainer.world_size / max(seconds, 1e-9),
         }
         for group in trainer.optimizers[0].param_groups:
-            if group.get("muon"):
-                metrics["lr_muon"] = group["lr"]
+            metrics["optimizer/lr_muon" if group.get("muon") else "optimizer/lr"] = group["lr"]
         if module.grad_norm is not None:
-            metrics["grad_norm"] = float(module.grad_norm)
-        # for the bar and whoever watches metrics; module.log takes half a millisecond for it
-        trainer.callback_metrics["train/loss"] = torch.tensor(loss)
-        module.log_to_loggers(metrics)  # last: TensorBoard's thread takes Python's lock after it
-        self.tokens, self.seconds = 0, 0.0
-        self.since = time.perf_counter()
+            metrics["optimizer/grad_norm"] = float(module.grad_norm)
+        trainer.callback_metrics["loss/train"] = torch.tensor(loss)  # for the bar
+        module.log_to_loggers(metrics)
+        self.tokens, self.seconds_before = 0, module.clock.seconds
+        module.clock.start()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        module.clock.pause()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            module.print(validation_line(trainer))
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.pause()
+        module.clock.pause()
         losses = [getattr(c, "best_val_loss", math.inf) for c in trainer.checkpoint_callbacks]
         best = min(losses, default=math.inf)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and best < math.inf:
-                # settings beside the best loss: a row in TensorBoard's table of runs
-                metrics = {"val/best": best}
-                logger.log_hyperparams(settings(module), metrics, step=trainer.global_step)
+                # the settings beside the best loss: a row in TensorBoard's table of runs
+                metrics = {"loss/best": best}
+                logger.log_hyperparams(all_settings(module), metrics, step=trainer.global_step)
 
 
-def settings(module: LightningModule) -> dict[str, Any]:
-    """All settings of the model and the data, flat: `model/n_layer`, `data/block_size`, ..."""
-    data = module.data.hparams if module.data else {}
-    return {f"model/{k}": v for k, v in module.hparams.items()} | {
-        f"data/{k}": v for k, v in data.items()
-    }
+def validation_line(trainer: Trainer) -> str:
+    """Step and losses after a validation, in one line."""
+    metrics = trainer.callback_metrics
+    parts = [f"step {trainer.global_step}"]
+    if "loss/train" in metrics:
+        parts.append(f"train {metrics['loss/train']:.4f}")
+    if "loss/val" in metrics:
+        parts.append(f"val {metrics['loss/val']:.4f} nats ({metrics['loss/val_bits']:.4f} bits)")
+    if "loss/floor" in metrics:
+        parts.append(f"floor {metrics['loss/floor']:.4f}")
+    return "  ".join(parts)
+
+
+def all_settings(module: LightningModule) -> dict[str, Any]:
+    """All settings of the model, the optimizer and the data, flat: `model/n_layer`, ..."""
+    hparams = dict(module.hparams)
+    model = {**hparams.pop("model", {}), **hparams.pop("optimizer", {}), **hparams}
+    data = dict(module.data.hparams) if module.data else {}
+    return {f"model/{k}": v for k, v in model.items()} | {f"data/{k}": v for k, v in data.items()}
 
 
 class GenerateText(Callback):
-    """Lets the model write every so many steps, to the terminal and to TensorBoard.
+    """Generates a sample at regular steps, for the terminal and for TensorBoard.
 
-    The text depends on the weights and the seed alone, and training is not touched by it.
+    The sample depends on the weights and the seed alone, and does not affect training.
 
     Args:
-        every_n_steps: optimizer steps from sample to sample; 0 writes none.
-        prompt: what the text begins with; a line's start unless given.
-        max_new_tokens: tokens to write.
-        temperature: below 1 plays safe, above 1 takes risks.
-        top_k: draws from the k likeliest tokens only.
-        seed: of the draws.
+        every_n_steps: optimizer steps between samples; 0 generates none. When not given: 500, or
+            half of the run if that is less.
+        prompt: the text to continue; a line's start by default.
+        max_new_tokens: number of tokens to generate.
+        temperature: below 1 prefers likely tokens, above 1 flattens the distribution.
+        top_k: sample from the k likeliest tokens only.
+        seed: of the sampling.
     """
 
     def __init__(
         self,
-        every_n_steps: int = 500,
+        every_n_steps: int | None = None,
         prompt: str = "",
         max_new_tokens: int = 300,
         temperature: float = 0.8,
         top_k: int | None = None,
         seed: int = 1337,
     ):
-        if every_n_steps < 0:
-            raise ValueError(f"--sample.every_n_steps={every_n_steps} must be 0 or more")
+        if every_n_steps is not None and every_n_steps < 0:
+            raise UserError(f"every_n_steps={every_n_steps} must be 0 or more", "every_n_steps")
         if max_new_tokens < 1:
-            raise ValueError(f"--sample.max_new_tokens={max_new_tokens} must be at least 1")
+            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1", "max_new_tokens")
         self.every_n_steps, self.prompt = every_n_steps, prompt
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        try:
-            self.sampling = Sampling(temperature, top_k)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--", "--sample.", 1)) from error
+        self.sampling = Sampling(temperature, top_k)
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if stage == "fit" and module.data is not None:
-            module.data.tokenizer.encode(self.prompt)  # an unknown character ends the run here
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.every_n_steps is None:
+            half = trainer.max_steps // 2 if trainer.max_steps > 0 else SAMPLE_STEPS
+            self.every_n_steps = max(1, min(SAMPLE_STEPS, half))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        if self.every_n_steps < 1 or step % self.every_n_steps or not stepped(trainer, batch_idx):
-            return
-        for callback in trainer.callbacks:
-            if isinstance(callback, RunLog):
-                callback.pause()
-        if trainer.is_global_zero and module.data is not None:
-            self.write(trainer, module)
+        every, step = self.every_n_steps, trainer.global_step
+        if every and step % every == 0 and optimizer_step_done(trainer, batch_idx):
+            module.clock.pause()
+            if trainer.is_global_zero and module.data is not None:
+                self.generate(trainer, module)
 
-    def write(self, trainer: Trainer, module: LightningModule) -> None:
-        writer = Writer(module.net, module.data.tokenizer)
-        # texts of growing length: compiling for each would take minutes
+    def generate(self, trainer: Trainer, module: LightningModule) -> None:
+        generator = TextGenerator(module.net, module.data.tokenizer)
+        # the text grows by a token a step: torch.compile would compile for each length
         with torch.compiler.set_stance("force_eager"):
-            text = writer.write(
+            text = generator.generate(
                 self.prompt,
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling,
                 seed=self.seed,
             )[0]
-        rule = f" step {trainer.global_step} ".center(72, "-")
-        module.print(f"\n{rule}\n{text.strip()}\n{'-' * 72}")
+        title = f" step {trainer.global_step} ".center(72, "-")
+        module.print(f"\n{title}\n{text.strip()}\n{'-' * 72}")
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                fenced = "\n".join("    " + line for line in text.splitlines())
-                logger.experiment.add_text("generated", fenced, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                as_code = "\n".join("    " + line for line in text.splitlines())
+                logger.experiment.add_text("sample", as_code, trainer.global_step)
 
 
-class RunBar(TQDMProgressBar):
-    """One bar for the whole run, not one an epoch: how many steps, how long still.
+class RunProgressBar(TQDMProgressBar):
+    """One bar for all steps of a run, not one for each epoch.
 
-    Where the output is no terminal there is no bar, but validations print their lines all the same.
+    Disabled when stdout is not a terminal; validation results and samples are still printed.
     """
 
     def __init__(self, refresh_rate: int = 10):
         super().__init__(refresh_rate=refresh_rate if sys.stdout.isatty() else 0)
 
-    def print(self, *args, sep: str = " ") -> None:
-        if self.is_enabled:
-            super().print(*args, sep=sep)
-        elif self.trainer.is_global_zero:
-            print(*args, sep=sep, flush=True)
-
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
+        names = {"loss/train": "train", "loss/val": "val"}
         metrics = trainer.callback_metrics
-        names = {"train/loss": "train", "val/loss": "val"}
         return {short: f"{metrics[n]:.3f}" for n, short in names.items() if n in metrics}
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
@@ -210,25 +214,47 @@ class RunBar(TQDMProgressBar):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.max_steps < 1:
             super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        elif stepped(trainer, batch_idx) and self._should_update(
-            trainer.global_step, trainer.max_steps
-        ):
+        elif self.is_enabled and trainer.global_step % self.refresh_rate == 0:
             self.train_progress_bar.n = trainer.global_step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        super().on_validation_end(trainer, module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.print(validation_line(trainer))
 
+class PredictionFile(Callback):
+    """Writes the tokens and their cost in nats to an .npz file, in constant memory.
 
-def validation_line(trainer: Trainer) -> str:
-    """What a validation found, in one line."""
-    metrics = trainer.callback_metrics
-    parts = [f"step {trainer.global_step}"]
-    if "train/loss" in metrics:
-        parts.append(f"train {metrics['train/loss']:.4f}")
-    parts.append(f"val {metrics['val/loss']:.4f} nats ({metrics['val/bpc']:.4f} bits)")
-    if "val/floor" in metrics:
-        parts.append(f"floor {metrics['val/floor']:.4f}")
-    return "  ".join(parts)
+    Args:
+        path: of the file; must not exist.
+
+    Attributes:
+        count: number of tokens written.
+        mean: their mean cost in nats.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.count, self.mean = path, 0, 0.0
+
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise UserError("predict runs in one process: use --trainer.devices=1")
+        size = module.data.val_tokens
+        self.columns = {
+            name: np.lib.format.open_memmap(
+                self.path.with_name(f".{self.path.name}.{name}.npy"), "w+", dtype, (size,)
+            )
+            for name, dtype in (("ids", module.data.tokens.dtype), ("nats", np.float32))
+        }
+
+    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        nats, ids = (part.flatten().cpu().numpy() for part in outputs)
+        stop = self.count + len(ids)
+        self.columns["ids"][self.count : stop] = ids
+        self.columns["nats"][self.count : stop] = nats
+        self.count = stop
+
+    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.count:
+            done = {name: column[: self.count] for name, column in self.columns.items()}
+            self.mean = float(done["nats"].mean(dtype=np.float64))
+            np.savez(self.path, **done)
+        for column in self.columns.values():
+            Path(column.filename).unlink()

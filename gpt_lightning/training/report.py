@@ -1,86 +1,89 @@
-"""What a run says to the person who started it: what it is about to do, and what came of it."""
+"""What `fit` prints before and after a run."""
 
 import math
-import shlex
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from gpt_lightning.checkpoint import HOW, go_on_with
+from gpt_lightning.checkpoint import resume_command, shell_command
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.training.callbacks import RunLog
-from gpt_lightning.training.checkpointing import BestAndLast
-from gpt_lightning.training.lightning_module import GPTModule
+from gpt_lightning.model import num_parameters
+from gpt_lightning.training.checkpoint import BestAndLast
+from gpt_lightning.training.module import GPTModule
 
-MANY_TOKENS = 10_000_000  # to validate on: minutes, even for a small model
+LARGE_VALIDATION = 10_000_000  # tokens: minutes of validation, even for a small model
 
 
-def introduction(trainer: Trainer, model: GPTModule, data: TextDataModule, why: str) -> str:
-    """Text, model and run, in a line each; `why` this precision, in brackets or not at all."""
-    train, val = (
-        sum(stop - start for start, stop in spans) for spans in (data.train_spans, data.val_spans)
-    )
-    config, hp = model.net.config, data.hparams
-    shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
-    shape = "" if model.hparams.name == "bigram" else shape
-    parameters = sum(p.numel() for p in model.net.parameters())
+def introduction(
+    trainer: Trainer, module: GPTModule, data: TextDataModule, precision_reason: str
+) -> str:
+    """Text, model and run in a line each."""
+    train, val = (sum(b - a for a, b in spans) for spans in (data.train_spans, data.val_spans))
+    config, hp = module.config, data.hparams
+    validated = "validated" if hp.max_val_tokens else "held out"
+    shape = ""
+    if config.name != "bigram":
+        shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
     folder = trainer.logger.log_dir if trainer.logger else "no log"
-    device = trainer.strategy.root_device.type
-    held_out = "validated" if hp.max_val_tokens else "held out"
     steps = f", {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
-    hint = "       --data.max_val_tokens=1000000 would validate in less time\n"
-    return (
-        f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {held_out}, "
-        f"vocabulary {data.vocab_size}\n{hint if val > MANY_TOKENS else ''}"
-        f"model  {model.hparams.name}, {shape}block {hp.block_size}: {parameters:,} parameters\n"
-        f"run    {folder} on {device} x {trainer.world_size}, "
-        f"batch {hp.batch_size} x {hp.block_size}{steps}\n"
-        f"       {model.hparams.optimizer}, {trainer.precision}{why}"
-    )
+    lines = [
+        f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {validated}, "
+        f"vocabulary {data.vocab_size}",
+        f"model  {config.name}, {shape}block {hp.block_size}: "
+        f"{num_parameters(module.net):,} parameters",
+        f"run    {folder} on {trainer.strategy.root_device.type} x {trainer.world_size}, "
+        f"batch {hp.batch_size} x {hp.block_size}{steps}",
+        f"       {module.optimizer_config.optimizer}, {trainer.precision}{precision_reason}",
+    ]
+    if val > LARGE_VALIDATION:
+        lines.insert(1, "       --data.max_val_tokens=1000000 makes validation shorter")
+    return "\n".join(lines)
 
 
-def closing_table(trainer: Trainer, model: GPTModule, seconds: float, first_step: int) -> str:
-    """Steps, time, text seen, losses, distance to the floor, checkpoints, and how to go on.
+def closing_table(
+    trainer: Trainer, module: GPTModule, data: TextDataModule, seconds: float, first_step: int
+) -> str:
+    """Steps, time, text seen, losses, distance to the floor, and what to run next.
 
     Args:
-        trainer: after `fit`.
-        model: the one it trained.
-        seconds: how long `fit` took.
-        first_step: the step that this run went on from; 0 for a new one.
+        seconds: wall-clock time of `fit`.
+        first_step: the step the run resumed from; 0 for a new run.
     """
-    data, metrics, steps = model.data, trainer.callback_metrics, trainer.global_step
-    keeper = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast))
-    run_log = next(c for c in trainer.callbacks if isinstance(c, RunLog))
+    metrics, steps = trainer.callback_metrics, trainer.global_step
     windows = steps * data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    seen, epochs = windows * data.hparams.block_size, windows / len(data.windows)
-    began = f" ({first_step:,} of them before)" if first_step else ""
+    unit = "characters" if data.tokenizer.kind == "char" else "tokens"
+    resumed = f" (resumed at {first_step:,})" if first_step else ""
     rows = [
-        ("steps", f"{steps:,}{began}"),
+        ("steps", f"{steps:,}{resumed}"),
         ("time", f"{seconds:.1f} s, validation and samples included"),
-        ("training alone", f"{run_log.all_seconds:.2f} s"),
-        ("characters seen", f"{seen:,} ({epochs:.1f} epochs)"),
+        ("training alone", f"{module.clock.seconds:.2f} s"),
+        (
+            f"{unit} seen",
+            f"{windows * data.hparams.block_size:,} ({windows / len(data.windows):.1f} epochs)",
+        ),
     ]
-    if data.tokenizer.kind != "char":
-        rows[-1] = ("tokens seen", rows[-1][1])
-    if "val/loss" in metrics:
-        final, best = float(metrics["val/loss"]), keeper.best_val_loss
-        rows += [
-            ("final val loss", f"{final:.4f} nats per character ({final / math.log(2):.4f} bits)"),
-            (
-                "best val loss",
-                f"{best:.4f} nats ({best / math.log(2):.4f} bits), step {keeper.best_step:,}",
-            ),
-        ]
-        if data.val_floor is not None:
-            away = final - data.val_floor
-            rows.append(("the floor", f"{data.val_floor:.4f} nats: {away:.4f} above it"))
-    path = keeper.best_path if keeper.best_path.exists() else keeper.last_path
-    rows.append(("checkpoints", str(keeper.folder)))
-    write = f'{HOW} generate --ckpt_path={shlex.quote(str(path))} --prompt "..."'
-    rows.append(("write with it", write))
+    if "loss/val" in metrics:
+        final = float(metrics["loss/val"])
+        rows.append(("final val loss", in_nats(final, " per character")))
+    keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+    if keeper is not None and keeper.best_val_loss < math.inf:
+        rows.append(
+            ("best val loss", f"{in_nats(keeper.best_val_loss)}, step {keeper.best_step:,}")
+        )
+    if "loss/val" in metrics and data.val_floor is not None:
+        above = final - data.val_floor
+        rows.append(("the floor", f"{data.val_floor:.4f} nats: {above:.4f} above it"))
+    if keeper is not None:
+        path = keeper.best_path if keeper.best_path.exists() else keeper.last_path
+        rows.append(("checkpoints", str(keeper.folder)))
+        command = shell_command("generate", f"--ckpt_path={path}")
+        rows.append(("generate", f'{command} --prompt "..."'))
     timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
-    if any(timer.time_remaining() <= 0 for timer in timers):
-        go_on = f"{go_on_with(keeper.last_path)} --trainer.max_time=null"
-        rows.append(("go on with", go_on))
+    if keeper is not None and any(timer.time_remaining() <= 0 for timer in timers):
+        rows.append(("resume", resume_command(keeper.last_path, "--trainer.max_time=null")))
     width = max(len(name) for name, _ in rows)
     return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def in_nats(loss: float, unit: str = "") -> str:
+    return f"{loss:.4f} nats{unit} ({loss / math.log(2):.4f} bits)"

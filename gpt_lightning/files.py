@@ -1,0 +1,82 @@
+"""Files written completely or not at all, digests, and the cache folder."""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import platformdirs
+
+from gpt_lightning.errors import UserError
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` in one step when the block ends without an error.
+
+    At every moment `path` is the complete old file or the complete new one, also after a power
+    cut. Only one process may write `path` at a time (callers hold a lock): the temporary file
+    beside it has a fixed name, so the next writer overwrites what a killed one left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # Windows cannot open folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`, retried for two seconds: virus scanners on Windows open new files briefly."""
+    end = time.monotonic() + 2
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """The folder for files that can be made again; created if it is missing.
+
+    It is `$GPT_LIGHTNING_CACHE`, or the user's cache folder of this system.
+
+    Raises:
+        UserError: if the folder cannot be created.
+    """
+    folder = os.environ.get("GPT_LIGHTNING_CACHE") or platformdirs.user_cache_dir("gpt_lightning")
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~` without a home
+        raise UserError(
+            f"the cache folder {folder} cannot be created ({error}); set GPT_LIGHTNING_CACHE to a "
+            "folder that you can write to"
+        ) from error
+    return path.absolute()

@@ -1,0 +1,172 @@
+"""The settings of a command: flags over configs over those of the checkpoint it starts from.
+
+Only what was given is in them: a default is never mistaken for a choice. The automatic choices are
+added in `lightning_cli`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import Trainer
+
+from gpt_lightning.checkpoint import KEY, trusted_settings
+from gpt_lightning.config_files import expand_configs, find_config, load_config
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.model import CONFIGS
+from gpt_lightning.training.callbacks import GenerateText
+from gpt_lightning.training.checkpoint import BestAndLast
+from gpt_lightning.training.module import GPTModule
+from gpt_lightning.training.optim import OptimizerConfig
+
+PROGRAM = "python -m gpt_lightning"
+SECTIONS = ("data", "model", "sample", "checkpoint", "trainer")
+FROM_DATA = ("vocab_size", "block_size")  # fields of a model config that have no flag
+
+Settings = dict[str, Any]  # "seed_everything", "ckpt_path" and a dict for each of SECTIONS
+
+
+def build_parser(command: str, description: str = "") -> ArgumentParser:
+    """All flags of a command. The Trainer's many come last in `--help`."""
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} {command}",
+        usage=f"{PROGRAM} {command} [--config NAME_OR_FILE ...] [--flag=value ...]",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,  # the one below prints what was given, without defaults
+    )
+    parser.add_argument("-c", "--config", action="config", help="a shipped config or a YAML file")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the settings as a config and exit"
+    )
+    parser.add_argument("--seed_everything", type=int, default=1337, help="seed of the run")
+    parser.add_argument("--ckpt_path", type=str | None, help="last, best, a file or a run's folder")
+    parser.add_class_arguments(TextDataModule, "data", skip={"seed"}, instantiate=False)
+    add_model_arguments(parser)
+    parser.add_class_arguments(GenerateText, "sample", instantiate=False)
+    parser.add_class_arguments(BestAndLast, "checkpoint", instantiate=False)
+    parser.add_class_arguments(
+        Trainer, "trainer", instantiate=False, sub_configs=True, fail_untyped=False
+    )
+    return parser
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """One flat flag `--model.FIELD` for each field of the model and optimizer configs."""
+    names = tuple(CONFIGS)
+    group = parser.add_argument_group("model, optimizer and loss")
+    group.add_argument("--model.name", type=Literal[names], default="gpt", help="the architecture")
+    added = {"name", *FROM_DATA}
+    for config in (*CONFIGS.values(), OptimizerConfig):
+        documented = parse_docstring(config.__doc__).params
+        help_of = {item.arg_name: " ".join((item.description or "").split()) for item in documented}
+        hints = get_type_hints(config)
+        for item in fields(config):
+            if item.name in added:
+                continue
+            added.add(item.name)
+            group.add_argument(
+                f"--model.{item.name}",
+                type=hints[item.name],
+                default=item.default,
+                help=help_of.get(item.name, "").replace("%", "%%"),
+            )
+    parser.add_class_arguments(
+        GPTModule, "model", skip={"model", "optimizer", "seed"}, instantiate=False
+    )
+
+
+def parse(parser: ArgumentParser, argv: list[str], below: Settings | None = None) -> Settings:
+    """The settings that are given: flags over configs over `below`. No defaults."""
+    with flags_of():
+        expanded = expand_configs(argv)
+    if below is not None:
+        expanded.insert(0, "--config=" + yaml.safe_dump(below, allow_unicode=True))
+    try:
+        given = parser.parse_args(expanded, defaults=False).as_dict()
+    except ArgumentError as error:
+        message = unknown_name(argv, parser) or str(error)
+        raise UserError(message) from error
+    given.pop("config", None)
+    settings = {**given, **{section: given.get(section) or {} for section in SECTIONS}}
+    for section in SECTIONS:
+        if not isinstance(settings[section], dict):
+            raise UserError(f"--{section}={settings[section]} must be a mapping of settings")
+    seed = settings.get("seed_everything", 0)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed_everything={seed} must be 0 or more and below 2**32")
+    return settings
+
+
+def unknown_name(argv: list[str], parser: ArgumentParser) -> str | None:
+    """A message about the first flag, or setting of a config, that does not exist."""
+    known = {"help", *parser.get_defaults().keys()}
+
+    def is_known(name: str) -> bool:
+        return name in known or any(name.startswith(f"{flag}.") for flag in known)
+
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = arg.partition("=")
+        name = flag.removeprefix("--").removesuffix("+")
+        if flag in ("-c", "--config"):
+            path = find_config(value if equals else following)
+            for section, settings in load_config(path).items():
+                keys = settings if section in SECTIONS and isinstance(settings, dict) else [""]
+                for key in (f"{section}.{key}".rstrip(".") for key in keys):
+                    if key not in SECTIONS and not is_known(key):
+                        hint = did_you_mean(key, known)
+                        return f"--config={path}: unknown setting {key}{hint}"
+        elif flag.startswith("--") and not is_known(name):
+            hint = did_you_mean(f"--{name}", [f"--{flag}" for flag in known])
+            return f"unknown flag --{name}{hint}"
+    return None
+
+
+@contextmanager
+def flags_of(section: str = "") -> Iterator[None]:
+    """Turn a message about a setting of this section into one about its flag."""
+    try:
+        yield
+    except UserError as error:
+        if error.field is None:
+            raise
+        raise UserError(f"--{section and section + '.'}{error}") from error
+
+
+def restore(
+    parser: ArgumentParser, argv: list[str], settings: Settings, checkpoint: dict
+) -> Settings:
+    """The settings that the checkpoint was trained with, overridden by those that are given."""
+    command, entry = argv[0], checkpoint[KEY]
+    given = set(settings["trainer"])
+    stored = trusted_settings(entry.get("settings") or settings_of(entry), given)
+    if command != "fit":  # any text may be given, in the checkpoint's vocabulary
+        stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
+    restored = parse(parser, argv[1:], below=stored)
+    before, now = (part["model"].get("optimizer", "muon") for part in (stored, restored))
+    if command == "fit" and before != now:
+        raise UserError(
+            f"--model.optimizer={now} cannot continue from the optimizer state of {before} in the "
+            "checkpoint; drop the flag, or start a new run without --ckpt_path"
+        )
+    return restored
+
+
+def settings_of(entry: dict) -> Settings:
+    """Settings of a checkpoint that was not written by the command line: what it knows."""
+    model = {name: value for name, value in entry["model"].items() if name not in FROM_DATA}
+    corpus = entry["corpus"]
+    data = {
+        "corpus": corpus["name"],
+        "split": corpus["split"],
+        "val_fraction": corpus["val_fraction"],
+        "tokenizer": entry["tokenizer"]["kind"],
+        "block_size": entry["model"]["block_size"],
+    }
+    return {"data": data, "model": model, "trainer": {}, "sample": {}, "checkpoint": {}}

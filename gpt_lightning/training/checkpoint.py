@@ -1,0 +1,269 @@
+"""Saving checkpoints: written completely or not at all, the best and the last kept."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.errors import UserError
+from gpt_lightning.files import write_atomically
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Replaces a checkpoint in one step, so that a killed run always leaves a complete one.
+
+    Lightning's own writes to $TMPDIR and moves the file: across file systems that is a copy, which
+    can be cut short.
+
+    Raises:
+        UserError: if the file cannot be written: a full disk, a read-only folder.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch's writer raises a RuntimeError when it closes a file that it could not write to
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise UserError(f"{path} could not be written ({reason.strerror})") from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or another signal ended the run after a whole step, and `last.ckpt` is saved."""
+
+    def __init__(self, signum: int, path: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}")
+        self.signum, self.path = signum, path
+
+
+def optimizer_step_done(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the batch that has just ended completed an optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class BestAndLast(Checkpoint):
+    """Keeps `best.ckpt` (lowest loss/val) and `last.ckpt` in the run's `checkpoints` folder.
+
+    A `last.ckpt` that falls due is saved when the next batch starts, which is after a possible
+    validation: a run killed in between repeats that validation when it resumes, and no point of
+    the curves is missing. The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and
+    raises `Interrupted`; the second one acts at once.
+
+    Args:
+        every_n_train_steps: optimizer steps between two saves of `last.ckpt`; 0 saves at the end of
+            the run only.
+
+    Raises:
+        UserError: if the folder holds another run's checkpoints, or another process trains there.
+
+    Attributes:
+        best_val_loss: lowest loss/val so far.
+        best_step: its step.
+        newest: the newest checkpoint of this run and its step; None before the first one.
+    """
+
+    def __init__(self, every_n_train_steps: int = 300):
+        if every_n_train_steps < 0:
+            raise UserError(
+                f"every_n_train_steps={every_n_train_steps} must be 0 or more",
+                field="every_n_train_steps",
+            )
+        self.every_n_train_steps = every_n_train_steps
+        self.best_val_loss, self.best_step = math.inf, 0
+        self.folder: Path | None = None
+        self.newest: tuple[Path, int] | None = None
+        self.saved_step = 0  # of last.ckpt; the step that the run starts at needs no save
+        self.lock: filelock.BaseFileLock | None = None
+        self.signum: int | None = None
+        self.old_handlers: dict[int, Any] = {}
+
+    @property
+    def best_path(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    @property
+    def last_path(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
+
+    # start and end of a run
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.claim(self.folder)
+
+    def claim(self, folder: Path) -> None:
+        """Lock `folder` until the run ends: two runs would mix their files.
+
+        Raises:
+            UserError: if another process holds it.
+        """
+        if self.lock is not None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"another process trains in {folder.parent}; wait for its end, or choose another "
+                "default_root_dir"
+            ) from None
+        except NotImplementedError:  # some network file systems have no locks
+            return
+        self.lock = lock
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.saved_step = trainer.global_step
+        if trainer.ckpt_path is not None:
+            self.newest = Path(trainer.ckpt_path), trainer.global_step
+            if trainer.is_global_zero:
+                self.keep_later_checkpoints(trainer)
+        elif self.last_path.exists() or self.best_path.exists():
+            raise UserError(
+                f"{self.folder} holds another run's checkpoints; resume it with ckpt_path=last, or "
+                "choose another default_root_dir"
+            )
+        if threading.current_thread() is threading.main_thread():
+            signums = [signal.SIGINT, signal.SIGTERM]
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
+                signums.append(hangup)
+            self.old_handlers = {n: signal.signal(n, self.on_signal) for n in signums}
+
+    def keep_later_checkpoints(self, trainer: Trainer) -> None:
+        """Rename the checkpoints of later steps, if the run resumes from an earlier one."""
+        start = Path(trainer.ckpt_path).resolve()
+        if start == self.last_path.resolve():
+            return  # a later best.ckpt is of a run killed between the two; it comes again
+        for path in (self.last_path, self.best_path):
+            if not path.exists() or path.resolve() == start:
+                continue
+            try:
+                step = read_checkpoint(path)["global_step"]
+                label = f"step{step}"
+            except UserError:
+                step, label = math.inf, "unreadable"
+            if step > trainer.global_step:
+                kept, n = path.with_name(f"{path.stem}-{label}.ckpt"), 1
+                while kept.exists():
+                    kept, n = path.with_name(f"{path.stem}-{label}-{n}.ckpt"), n + 1
+                os.replace(path, kept)
+                print(f"Resuming from step {trainer.global_step}; {path.name} is kept as {kept}")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.restore_handlers()
+        if trainer.global_step > self.saved_step and not trainer.fast_dev_run:
+            self.save(trainer, self.last_path)
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        self.restore_handlers()
+        self.release()
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.release()
+
+    # signals
+
+    def on_signal(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+            signal.signal(signum, default)
+            signal.raise_signal(signum)
+        self.signum = signum
+        if rank_zero_only.rank == 0:
+            with contextlib.suppress(OSError):  # after a SIGHUP the terminal is gone
+                sys.stderr.write("\nStopping after this step; send it again to stop at once.\n")
+
+    def restore_handlers(self) -> None:
+        for signum, handler in self.old_handlers.items():
+            signal.signal(signum, handler)
+        self.old_handlers = {}
+
+    def stop_requested(self, trainer: Trainer) -> bool:
+        """Whether any process of the run got a signal; all must ask at the same step."""
+        stop = self.signum is not None
+        if trainer.world_size == 1:
+            return stop
+        if trainer.global_step % trainer.log_every_n_steps:  # asking takes time, so not every step
+            return False
+        return trainer.strategy.reduce_boolean_decision(stop, all=False)
+
+    # saving
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        epoch_ends = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or epoch_ends:
+            trainer.should_stop = True  # the final step is validated, whatever the interval
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
+            return
+        val_loss = float(trainer.callback_metrics["loss/val"])
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step = val_loss, trainer.global_step
+            self.save(trainer, self.best_path)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        step, every = trainer.global_step, self.every_n_train_steps
+        step_done = batch_idx % trainer.accumulate_grad_batches == 0
+        if not step_done or step == self.saved_step or trainer.fast_dev_run:
+            return
+        stop = self.stop_requested(trainer)
+        if stop or (every and step % every == 0):
+            self.save(trainer, self.last_path)
+        if stop:
+            raise Interrupted(self.signum or signal.SIGTERM, self.last_path)
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
+        """Take back what the Trainer has counted of a batch that has not started yet.
+
+        It counts a batch as ready before `on_train_batch_start`, and does not correct the total
+        when it resumes: validations would come a batch early.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        total = progress["total"]
+        if total["ready"] > total["started"]:
+            total["ready"], progress["is_last_batch"] = total["completed"], False
+
+    def save(self, trainer: Trainer, path: Path) -> None:
+        trainer.lightning_module.check_finite(trainer.global_step)
+        for logger in trainer.loggers:
+            logger.save()  # no checkpoint may be ahead of the curves on disk
+        trainer.save_checkpoint(path)
+        self.newest = path, trainer.global_step
+        if path == self.last_path:
+            self.saved_step = trainer.global_step

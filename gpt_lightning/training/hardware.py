@@ -1,0 +1,54 @@
+"""Settings that depend on the hardware: training precision, and the C library's memory."""
+
+import ctypes
+import platform
+import time
+
+import torch
+
+MIN_BF16_WIDTH = 128  # in narrower models the conversions cost more than faster products save
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+
+
+def choose_precision(device: str, n_embd: int) -> tuple[str, str]:
+    """The Trainer's `precision` for a model of `n_embd` channels, and the reason in a few words.
+
+    On a CPU a matrix product of the feed-forward layer is timed in fp32 and bf16, which takes about
+    20 milliseconds. bf16 must be faster by a quarter, so that noise does not change the choice.
+    """
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU computes in bf16"
+        return "32-true", "this GPU does not compute in bf16"
+    if device != "cpu":
+        return "32-true", "the safe choice on this device"
+    if n_embd < MIN_BF16_WIDTH:
+        return "32-true", "a narrow model"
+    fp32, bf16 = product_seconds(torch.float32, n_embd), product_seconds(torch.bfloat16, n_embd)
+    reason = f"matrix products in bf16 take {bf16 / fp32:.2f} of fp32's time here"
+    return "bf16-mixed" if fp32 > 1.25 * bf16 else "32-true", reason
+
+
+def product_seconds(dtype: torch.dtype, n_embd: int) -> float:
+    """Seconds of a (1024, n_embd) x (n_embd, 4 * n_embd) product: the fastest of ten."""
+    x = torch.ones(1024, n_embd, dtype=dtype)
+    w = torch.ones(n_embd, 4 * n_embd, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x @ w
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning it to the system after every tensor.
+
+    By default glibc returns large blocks, and each new one costs a page fault for every 4 KiB:
+    23,000 faults in a training step of 4 layers x 256 channels. docs/experiments.md has the
+    timings. Does nothing with other C libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # 32 MiB, the largest value that glibc accepts
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,0 +1,346 @@
+"""GPTModule: a model with its cross-entropy loss, exact validation, learning rate and optimizer.
+
+Legend: B batch, T time (block_size), V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from torchmetrics import MeanMetric
+
+from gpt_lightning.checkpoint import KEY, check_compatible, describe
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.errors import UserError
+from gpt_lightning.model import (
+    GPTConfig,
+    ModelConfig,
+    build_model,
+    config_from_dict,
+    config_to_dict,
+)
+from gpt_lightning.training.callbacks import TrainingClock, TrainingMetrics
+from gpt_lightning.training.hardware import keep_freed_memory
+from gpt_lightning.training.optim import OptimizerConfig, build_optimizer, learning_rate_at
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: (B, T) token ids each, y one token later
+
+
+class GPTModule(LightningModule):
+    """A language model in training.
+
+    `TrainingMetrics` logs `loss/train`, the learning rates, the gradient norm and the speed. Each
+    validation logs `loss/val` (nats per character: every held-out character but the first is
+    predicted once, in fp32, without dropout), `loss/val_bits` (bits per character) and, where the
+    entropy of the text is known, `loss/floor`. The x-axis is the number of optimizer steps.
+
+    Args:
+        model: a model config. `vocab_size` and `block_size` may be left 0: they come from the data.
+        optimizer: the optimizer and its schedule.
+        confidence_penalty: in training, subtract this multiple of the predictions' entropy from the
+            loss, against overconfidence on small texts (Pereyra et al. 2017).
+        eval_iters: at each validation also estimate the losses as the lecture does, from this many
+            random batches of each part (`estimate/train`, `estimate/val`); 0 turns it off.
+        compile: compile the model with torch.compile; pays on a GPU.
+        seed: of the initial weights, and of dropout at each step.
+
+    Attributes:
+        net: the model, built by `configure_model`: ids (B, T) -> logits (B, T, V).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig | dict[str, Any] | None = None,
+        optimizer: OptimizerConfig | dict[str, Any] | None = None,
+        *,
+        confidence_penalty: float = 0.0,
+        eval_iters: int = 0,
+        compile: bool = False,
+        seed: int = 1337,
+    ):
+        super().__init__()
+        # dicts come from a checkpoint's hyper-parameters
+        self.config = config_from_dict(model) if isinstance(model, dict) else model or GPTConfig()
+        self.optimizer_config = (
+            OptimizerConfig(**optimizer)
+            if isinstance(optimizer, dict)
+            else optimizer or OptimizerConfig()
+        )
+        for name, value in (("confidence_penalty", confidence_penalty), ("eval_iters", eval_iters)):
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name}={value} must be 0 or more", field=name)
+        if self.config.name == "bigram" and self.optimizer_config.optimizer == "muon":
+            raise UserError(
+                "optimizer=muon needs matrices between embedding and head, which the bigram model "
+                "does not have; use optimizer=adamw",
+                field="optimizer",
+            )
+        self.save_hyperparameters(ignore=["model", "optimizer"], logger=False)
+        self.net: Any = None
+        self.val_loss = MeanMetric()
+        self.clock = TrainingClock()
+        self.grad_norm: torch.Tensor | None = None
+        self.next_token_loss: torch.Tensor | None = None  # of the current step
+        self.decay_steps = 0
+        self.run_settings: dict[str, Any] | None = None  # the command line's, stored to resume
+
+    @property
+    def data(self) -> TextDataModule | None:
+        """The trainer's data module, or None if the user passed loaders of their own."""
+        try:
+            data = self.trainer.datamodule
+        except RuntimeError:  # not attached to a Trainer
+            return None
+        return data if isinstance(data, TextDataModule) else None
+
+    def configure_model(self) -> None:
+        """Build the model, once the data are known. The weights depend on the seed alone."""
+        if self.net is not None:
+            return
+        if self.data is not None:
+            sizes = {
+                "vocab_size": self.data.vocab_size,
+                "block_size": self.data.hparams.block_size,
+            }
+            for name, value in sizes.items():
+                if getattr(self.config, name) not in (0, value):
+                    raise UserError(
+                        f"{name}={getattr(self.config, name)} of the model is not the data's "
+                        f"{value}; leave it out",
+                        field=name,
+                    )
+            self.config = replace(self.config, **sizes)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.hparams.seed)
+            self.net = build_model(self.config)
+        self.hparams["model"] = config_to_dict(self.config)
+        self.hparams["optimizer"] = asdict(self.optimizer_config)
+        if self.hparams.compile:
+            self.net.compile()  # in place: torch.compile(net) would rename every weight
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [TrainingMetrics()]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to logits (B, T, V)."""
+        return self.net(ids)
+
+    # training
+
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
+        fused = self.trainer.precision != "16-mixed"
+        return build_optimizer(self.net, self.optimizer_config, fused)
+
+    def on_train_start(self) -> None:
+        # A checkpoint restores the optimizer's settings of that time; those of this run apply.
+        groups = self.optimizers().param_groups
+        for group, current in zip(groups, self.configure_optimizers().param_groups, strict=True):
+            group.update({k: v for k, v in current.items() if k in ("betas", "weight_decay")})
+        self.decay_steps = self._decay_steps()
+
+    def _decay_steps(self) -> int:
+        """The step at which the learning rate reaches its minimum; 0 if it stays at its peak."""
+        if self.optimizer_config.lr_decay_steps is not None:
+            return self.optimizer_config.lr_decay_steps
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
+        if epochs > 0 and batches < math.inf:
+            return epochs * batches // trainer.accumulate_grad_batches
+        return 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Learning rate and dropout are functions of (seed, step, micro-step, rank), so that a
+        # resumed run takes the same steps. A scheduler's state would restore the checkpoint's
+        # learning rate over the one that is asked for.
+        step, config = self.global_step, self.optimizer_config
+        rate = learning_rate_at(step, config, self.decay_steps)
+        muon_rate = config.muon_learning_rate * (
+            rate / config.learning_rate if config.learning_rate else 1
+        )
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+            group["lr"] = muon_rate if group.get("muon") else rate
+        if getattr(self.config, "dropout", 0):
+            micro_step = batch_idx % self.trainer.accumulate_grad_batches
+            seed_dropout(self.device, (self.hparams.seed, step, micro_step, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """The loss to minimise, and `next`, that of the next token alone: nats per token."""
+        x, y = batch
+        further: torch.Tensor | float = 0.0
+        if getattr(self.config, "multi_token_heads", 0):
+            logits, further = self.net(x, targets=y)
+        else:
+            logits = self.net(x)
+        next_token_loss = cross_entropy(logits, y)
+        loss = next_token_loss + further
+        if self.hparams.confidence_penalty:
+            logs = F.log_softmax(logits.float(), dim=-1)
+            entropy = -(logs.exp() * logs).sum(dim=-1).mean()
+            loss = loss - self.hparams.confidence_penalty * entropy
+        self.next_token_loss = next_token_loss.detach()
+        return {"loss": loss, "next": self.next_token_loss}
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        """Clip, and keep the norm of the gradient for the log and for `check_finite`."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            # a GPU is not asked for the norm: that would wait for all it has to do
+            on_cpu = self.device.type == "cpu"
+            if gradient_clip_val and not (on_cpu and float(self.grad_norm) <= gradient_clip_val):
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+        step = self.global_step + 1
+        if self.device.type == "cpu" or step % self.trainer.log_every_n_steps == 0:
+            self.check_finite(step)
+
+    def check_finite(self, step: int) -> None:
+        """Raise a UserError if the newest loss or gradient norm, of step number `step`, is not
+        finite: before the step is taken on a CPU, and before anything is saved on a GPU."""
+        if self.next_token_loss is None:
+            return
+        loss = float(self.next_token_loss)
+        # the scaler of 16-mixed meets infinite gradients by design and skips such a step
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        norm = 0.0 if scaled or self.grad_norm is None else float(self.grad_norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(group["lr"] for group in groups))
+        raise UserError(
+            f"step {step:,} has a loss of {loss:g} and a gradient norm of {norm:g} at a learning "
+            f"rate of {rates}: lower learning_rate and muon_learning_rate, or train in 32-true"
+        )
+
+    # validation
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """fp32 without TF32, and not compiled, whatever the model trains in.
+
+        Figures stay comparable, and validation's odd batch shapes are not compiled one by one.
+        """
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.autocast(self.device.type, enabled=False), eager:
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def on_validation_epoch_start(self) -> None:
+        # bf16-true and 16-true convert the metric too, and a sum in half precision is wrong
+        self.val_loss.set_dtype(torch.float32)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        with self.exact():
+            self.val_loss.update(cross_entropy(self.net(x), y), weight=y.numel())
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_exact("val")
+
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._log_exact("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """The nats (B, T) that each next token costs, and the tokens (B, T)."""
+        x, y = batch
+        with self.exact():
+            return cross_entropy(self.net(x), y, reduction="none").view_as(y), y
+
+    def _log_exact(self, part: str) -> None:
+        nats = self.val_loss.compute()  # per token, over all processes
+        self.val_loss.reset()
+        data = self.data
+        if data is not None:
+            nats = nats * data.val_tokens / data.val_characters
+        metrics = {f"loss/{part}": nats, f"loss/{part}_bits": nats / math.log(2)}
+        if data is not None and data.val_floor is not None:
+            metrics["loss/floor"] = torch.tensor(data.val_floor)
+        if data is not None and self.hparams.eval_iters:
+            metrics["estimate/train"] = self._estimate(data, data.train_spans)
+            metrics["estimate/val"] = self._estimate(data, data.val_spans)
+        # In `fit`, Lightning would log at one step less than what has been done.
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(metrics, logger=not fitting)
+        if fitting and not self.trainer.sanity_checking:
+            self.log_to_loggers({name: float(value) for name, value in metrics.items()})
+
+    def _estimate(self, data: TextDataModule, spans: list[tuple[int, int]]) -> torch.Tensor:
+        """The lecture's `estimate_loss`: mean loss of random batches, in nats per token."""
+        mean = MeanMetric().to(self.device)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        for batch in data.estimator_batches(spans, self.hparams.eval_iters, rank, world):
+            x, y = (part.to(self.device) for part in batch)
+            with self.exact():
+                mean.update(cross_entropy(self.net(x), y))
+        return mean.compute()
+
+    def log_to_loggers(self, metrics: dict[str, float]) -> None:
+        """Log scalars to every logger, at the number of optimizer steps done."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+
+    # checkpoints
+
+    def describe(self, data: TextDataModule) -> dict[str, Any]:
+        """What makes a checkpoint self-contained; see `checkpoint.describe`."""
+        corpus = {
+            "name": data.corpus.name,
+            "sha256": data.corpus_sha256,
+            "split": data.hparams.split,
+            "val_fraction": data.hparams.val_fraction,
+        }
+        return describe(self.config, data.tokenizer.state(), corpus, self.run_settings)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.data is not None:
+            checkpoint[KEY] = self.describe(self.data)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if KEY in checkpoint and self.data is not None:
+            fitting = self.trainer.state.fn == "fit"
+            path = self.trainer.ckpt_path
+            check_compatible(checkpoint[KEY], self.describe(self.data), path, same_corpus=fitting)
+
+
+def cross_entropy(logits: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Nats that tokens y (B, T) cost under logits (B, T, V), computed in fp32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
+
+
+def seed_dropout(device: torch.device, key: tuple[int, ...]) -> None:
+    """Seed the generators of the CPU and of `device` from a tuple of integers.
+
+    torch.manual_seed takes a hundred microseconds. A CPU generator ignores a seed's high 32 bits,
+    so the key is mixed by SeedSequence, not packed into one integer.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

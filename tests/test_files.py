@@ -1,0 +1,94 @@
+"""Files are replaced in one step; the cache folder is where the user or the system wants it."""
+
+import hashlib
+import os
+import sys
+import time
+
+import pytest
+
+from gpt_lightning.errors import UserError
+from gpt_lightning.files import cache_dir, file_sha256, write_atomically
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_the_target_is_the_old_file_until_the_block_ends(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with write_atomically(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old" and names(tmp_path) == [".a.tmp", "a"]
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(error), write_atomically(path) as file:
+        file.write(b"new")
+        raise error
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["a"]
+
+
+def test_what_a_killed_writer_left_is_overwritten(tmp_path):
+    (tmp_path / ".a.tmp").write_bytes(b"half of a long file")
+    with write_atomically(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("refusals", [2, 10**9])
+def test_a_target_that_another_program_has_open_is_retried_for_a_while(
+    tmp_path, monkeypatch, refusals
+):
+    """As on Windows, where a virus scanner opens a new file."""
+    calls, replace, now = [], os.replace, [0.0]
+
+    def refuse(source, target):
+        calls.append(target)
+        if len(calls) <= refusals:
+            raise PermissionError("in use")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    if refusals == 2:
+        with write_atomically(tmp_path / "a") as file:
+            file.write(b"new")
+        assert len(calls) == 3 and names(tmp_path) == ["a"]
+    else:
+        with pytest.raises(PermissionError), write_atomically(tmp_path / "a") as file:
+            file.write(b"new")
+        assert 1.9 < now[0] < 2.2 and names(tmp_path) == []
+
+
+def test_the_digest_is_that_of_the_whole_file(tmp_path):
+    data = os.urandom(3 << 20)
+    (tmp_path / "a").write_bytes(data)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", "relative/cache")
+    assert cache_dir() == tmp_path / "relative/cache" and cache_dir().is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folder that Linux uses")
+def test_the_cache_is_the_users_by_default(tmp_path, monkeypatch):
+    monkeypatch.delenv("GPT_LIGHTNING_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "gpt_lightning"
+
+
+def test_a_cache_that_cannot_be_created_is_a_users_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(UserError, match="set GPT_LIGHTNING_CACHE to a folder"):
+        cache_dir()

@@ -1,0 +1,447 @@
+"""Optimizers against torch's own and against their definitions in double precision."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_lightning.errors import UserError
+from gpt_lightning.model import BigramConfig, GPTConfig, LectureConfig, build_model
+from gpt_lightning.training import optim
+from gpt_lightning.training.optim import (
+    MuonAdamW,
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_at,
+    newton_schulz,
+)
+
+SIZES = dict(vocab_size=7, block_size=4)
+GPT = GPTConfig(n_layer=2, n_head=2, n_embd=8, **SIZES)
+LECTURE = LectureConfig(n_layer=1, n_head=2, n_embd=8, **SIZES)
+BIGRAM = BigramConfig(**SIZES)
+BF16 = torch.finfo(torch.bfloat16).eps
+
+
+def matrix(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def random_model(config, seed=3):
+    torch.manual_seed(seed)
+    model = build_model(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model
+
+
+def random_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def names_of_groups(model, optimizer):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [
+        (group["weight_decay"], bool(group.get("muon")), [names[id(p)] for p in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("optimizer", "sgd", "optimizer=sgd must be muon or adamw"),
+        ("schedule", "step", "schedule=step must be linear or cosine"),
+        ("learning_rate", -0.1, "learning_rate=-0.1 must be a number of at least 0"),
+        ("muon_learning_rate", math.inf, "muon_learning_rate=inf must be a number of at least 0"),
+        ("min_lr", math.nan, "min_lr=nan must be a number of at least 0"),
+        ("warmup_steps", -1, "warmup_steps=-1 must be a number of at least 0"),
+        ("lr_decay_steps", -1, "lr_decay_steps=-1 must be a number of at least 0"),
+        ("weight_decay", -1.0, "weight_decay=-1.0 must be a number of at least 0"),
+        ("embedding_weight_decay", -1.0, "embedding_weight_decay=-1.0 must be a number of at"),
+        ("beta1", 1.0, "beta1=1.0 must be at least 0 and below 1"),
+        ("beta2", -0.1, "beta2=-0.1 must be at least 0 and below 1"),
+    ],
+)
+def test_a_value_out_of_range_raises_an_error_that_names_the_field(field, value, message):
+    with pytest.raises(UserError) as error:
+        OptimizerConfig(**{field: value})
+    assert str(error.value).startswith(message) and error.value.field == field
+
+
+@pytest.mark.parametrize("config", [BIGRAM, LectureConfig(n_layer=0, n_head=2, n_embd=8, **SIZES)])
+def test_muon_for_a_model_without_hidden_matrices_is_a_user_error(config):
+    with pytest.raises(UserError, match="optimizer=muon .* use optimizer=adamw") as error:
+        build_optimizer(build_model(config), OptimizerConfig())
+    assert error.value.field == "optimizer"
+
+
+# parameter groups
+
+LECTURE_TABLES = ["token_embedding_table.weight", "position_embedding_table.weight"]
+LECTURE_HIDDEN = [
+    f"blocks.0.{name}.weight" for name in ("sa.qkv", "sa.proj", "ffwd.net.0", "ffwd.net.2")
+]
+LECTURE_VECTORS = [
+    "blocks.0.ln1.weight", "blocks.0.ln1.bias", "blocks.0.sa.proj.bias", "blocks.0.ln2.weight",
+    "blocks.0.ln2.bias", "blocks.0.ffwd.net.0.bias", "blocks.0.ffwd.net.2.bias", "ln_f.weight",
+    "ln_f.bias", "lm_head.bias",
+]  # fmt: skip
+GPT_OTHERS = [
+    "token_embedding.weight", "pair_embedding.weight", "ngram_embeddings.0.weight",
+    "blocks.0.attn.value_embedding.weight", "blocks.1.attn.value_embedding.weight",
+    "lm_head.weight", "multi_token_heads.0.weight",
+]  # fmt: skip
+GPT_HIDDEN = [
+    f"blocks.{layer}.{name}.weight"
+    for layer in range(2)
+    for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        (
+            LECTURE,
+            dict(optimizer="adamw"),
+            [
+                (0.1, False, [*LECTURE_TABLES, *LECTURE_HIDDEN, "lm_head.weight"]),
+                (0.0, False, LECTURE_VECTORS),
+            ],
+        ),
+        (
+            LECTURE,
+            dict(weight_decay=0.2, embedding_weight_decay=0.3),
+            [
+                (0.3, False, [*LECTURE_TABLES, "lm_head.weight"]),
+                (0.0, False, LECTURE_VECTORS),
+                (0.2, True, LECTURE_HIDDEN),
+            ],
+        ),
+        (GPT, dict(), [(0.1, False, GPT_OTHERS), (0.0, True, GPT_HIDDEN)]),
+        (
+            BIGRAM,
+            dict(optimizer="adamw", weight_decay=0.5),
+            [(0.5, False, ["token_embedding_table.weight"])],
+        ),
+    ],
+)
+def test_parameters_are_grouped_by_optimizer_and_weight_decay(config, settings, expected):
+    model = build_model(config)
+    optimizer = build_optimizer(model, OptimizerConfig(beta1=0.8, beta2=0.95, **settings))
+    assert names_of_groups(model, optimizer) == expected
+    for group in optimizer.param_groups:
+        assert group["lr"] == (0.02 if group.get("muon") else 8e-3)
+        assert group["betas"] == (0.8, 0.95)
+
+
+def test_frozen_parameters_are_left_out():
+    model = build_model(GPT)
+    model.lm_head.weight.requires_grad_(False)
+    model.blocks[0].attn.proj.weight.requires_grad_(False)
+    (_, _, others), (_, _, hidden) = names_of_groups(
+        model, build_optimizer(model, OptimizerConfig())
+    )
+    assert set(GPT_OTHERS) - set(others) == {"lm_head.weight"}
+    assert set(GPT_HIDDEN) - set(hidden) == {"blocks.0.attn.proj.weight"}
+
+
+@pytest.mark.parametrize("config", [GPT, LECTURE])
+def test_weight_decay_changes_the_matrices_only(config):
+    model = random_model(config)
+    before = copy.deepcopy(model.state_dict())
+    settings = dict(learning_rate=0.1, weight_decay=0.2, embedding_weight_decay=0.3)
+    optimizer = build_optimizer(model, OptimizerConfig(**settings))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        hidden = name in GPT_HIDDEN + LECTURE_HIDDEN
+        factor = 1.0 if p.ndim == 1 else 1 - 0.02 * 0.2 if hidden else 1 - 0.1 * 0.3
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+# AdamW
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_steps_follow_its_formula(kind, fused):
+    lr, decay, b1, b2, eps = 0.05, 0.2, 0.8, 0.9, 1e-8
+    model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        model.weight.fill_(0.7)
+        model.bias.fill_(-0.4)
+    if kind == "adamw":
+        config = OptimizerConfig("adamw", lr, weight_decay=decay, beta1=b1, beta2=b2)
+        optimizer = build_optimizer(model, config, fused)
+    else:
+        groups = [dict(params=[model.weight], weight_decay=decay), dict(params=[model.bias])]
+        optimizer = MuonAdamW(groups, lr, (b1, b2), eps, fused=fused or None)
+    expected = {"weight": 0.7, "bias": -0.4}
+    moments = {"weight": (0.0, 0.0), "bias": (0.0, 0.0)}
+    gradients = {"weight": [0.3, -1.2, 0.5, 0.0], "bias": [2.0, 0.1, -0.7, 0.4]}
+    for step in range(4):
+        for name, parameter in model.named_parameters():
+            g = gradients[name][step]
+            parameter.grad = torch.full_like(parameter, g)
+            m = b1 * moments[name][0] + (1 - b1) * g
+            v = b2 * moments[name][1] + (1 - b2) * g * g
+            moments[name] = m, v
+            m, v = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
+            w = expected[name]
+            pull = decay if name == "weight" else 0.0
+            expected[name] = w - lr * pull * w - lr * m / (math.sqrt(v) + eps)
+        optimizer.step()
+        found = {name: parameter.item() for name, parameter in model.named_parameters()}
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("config", [GPT, LECTURE])
+def test_all_other_parameters_take_the_steps_of_torch_adamw(config, fused):
+    model = random_model(config)
+    settings = OptimizerConfig(weight_decay=0.1, embedding_weight_decay=0.3)
+    optimizer = build_optimizer(model, settings, fused)
+    groups = [group for group in optimizer.param_groups if not group["muon"]]
+    others = [p for group in groups for p in group["params"]]
+    twins = [p.detach().clone().requires_grad_() for p in others]
+    decays = [0.3 if p.ndim == 2 else 0.0 for p in others]
+    twin_groups = [
+        dict(params=[twin], weight_decay=decay) for twin, decay in zip(twins, decays, strict=True)
+    ]
+    plain = torch.optim.AdamW(twin_groups, lr=0.02, betas=(0.9, 0.99))
+    for step in range(6):
+        random_gradients(model, step)
+        for p, twin in zip(others, twins, strict=True):
+            twin.grad = p.grad.clone()
+        for group in groups + plain.param_groups:
+            group["lr"] = 0.02 / (step + 1)  # as a schedule sets it
+        optimizer.step()
+        plain.step()
+        torch.testing.assert_close(others, twins)
+
+
+# Muon
+
+
+def muon_of(*matrices, lr=0.1, weight_decay=0.0):
+    return MuonAdamW([dict(params=list(matrices), muon=True)], lr, weight_decay=weight_decay)
+
+
+def relative_error(found, expected):
+    return (found.double() - expected).norm() / expected.norm()
+
+
+def newton_schulz_in_double(x):
+    """The five steps as in the definition: a polynomial of one wide matrix, in double precision."""
+    x = x.double() / x.double().norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    return x
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64), (24, 40)])
+def test_muon_steps_follow_its_definition(shape, bf16, monkeypatch):
+    monkeypatch.setattr(optim, "computes_bf16", lambda device: bf16)
+    lr, decay, p = 0.1, 0.5, nn.Parameter(matrix(*shape))
+    optimizer = muon_of(p, lr=lr, weight_decay=decay)
+    average = torch.zeros(shape).double()
+    for step in range(4):
+        p.grad = matrix(*shape, seed=step + 1)
+        average = 0.9 * average + 0.1 * p.grad.double()
+        ahead = 0.1 * p.grad.double() + 0.9 * average  # Nesterov momentum
+        wide = ahead if shape[0] <= shape[1] else ahead.mT
+        expected = newton_schulz_in_double(wide) * math.sqrt(max(shape) / min(shape))
+        before = p.detach().clone()
+        optimizer.step()
+        update = (before * (1 - lr * decay) - p.detach()) / lr
+        update = update if shape[0] <= shape[1] else update.mT
+        # the steps magnify rounding errors of the small singular values about tenfold
+        assert relative_error(update, expected) < (30 * BF16 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (128, 32), (40, 24)])
+def test_square_and_tall_matrices_take_the_steps_of_torch_muon(shape):
+    p, twin = (nn.Parameter(matrix(*shape)) for _ in range(2))
+    ours = muon_of(p, lr=0.1, weight_decay=0.3)
+    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True)
+    start = p.detach().clone()
+    for step in range(6):
+        p.grad = matrix(*shape, seed=step + 1)
+        twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    moved = (twin - start).double().detach()
+    assert relative_error((p - start).detach(), moved) < 30 * BF16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_newton_schulz_brings_singular_values_near_1_and_keeps_directions(dtype, monkeypatch):
+    monkeypatch.setattr(optim, "computes_bf16", lambda device: dtype == torch.bfloat16)
+    U, V = (torch.linalg.qr(matrix(24, 24, seed))[0] for seed in (1, 2))
+    S = torch.logspace(0, -2, 24)
+    for factor in (1e-6, 1.0, 1e6):
+        found = newton_schulz((U * S @ V.T * factor)[None])[0]
+        assert found.dtype == torch.float32
+        values = torch.diagonal(U.T @ found @ V)
+        assert values.min() > 0.6 and values.max() < 1.25
+        assert (found - U * values @ V.T).norm() < 30 * BF16
+    assert newton_schulz(torch.zeros(2, 3, 3)).tolist() == torch.zeros(2, 3, 3).tolist()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_newton_schulz_is_in_bf16_where_the_device_computes_it(native, monkeypatch):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert optim.computes_bf16(torch.device("cuda")) is native
+    assert optim.computes_bf16(torch.device("cpu")) and not optim.computes_bf16(torch.device("mps"))
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (64, 16), (16, 64), (16, 16), (5, 8), (20, 16)])
+def test_a_step_changes_the_entries_by_as_much_in_every_shape(shape):
+    U, S, Vh = torch.linalg.svd(matrix(*shape), full_matrices=False)
+    p = nn.Parameter(torch.zeros(shape))
+    p.grad = U * torch.linspace(1, 0.1, len(S)) @ Vh
+    muon_of(p, lr=1.0).step()
+    root_mean_square = p.detach().square().mean().sqrt()
+    # of an orthogonal matrix with the same short side: 1 / sqrt(short side)
+    assert 0.6 < root_mean_square * math.sqrt(min(shape)) < 1.25
+
+
+def test_matrices_of_many_sizes_each_get_their_own_update():
+    shapes = [(8, 8), (24, 8), (4, 4), (8, 32), (5, 8), (8, 8), (8, 5), (4, 8)]
+    together = [nn.Parameter(matrix(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [muon_of(*together), *(muon_of(p) for p in alone)]
+    for step in range(3):
+        for i, (p, twin) in enumerate(zip(together, alone, strict=True)):
+            p.grad = matrix(*p.shape, seed=10 * step + i)
+            twin.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for i, (p, twin) in enumerate(zip(together, alone, strict=True)):
+        moved = (twin - matrix(*p.shape, seed=i)).double().detach()
+        assert relative_error((p - matrix(*p.shape, seed=i)).detach(), moved) < 30 * BF16
+
+
+# both
+
+
+def test_without_gradients_nothing_changes():
+    model = random_model(GPT)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    random_gradients(model, 0)
+    model.lm_head.weight.grad = None  # a parameter of AdamW's may lack one
+    optimizer.step()
+    same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert same == ["lm_head.weight"]
+
+
+def test_muon_raises_if_a_gradient_is_missing_among_matrices_of_a_size():
+    p, q = nn.Parameter(matrix(4, 8)), nn.Parameter(matrix(8, 4))
+    p.grad = torch.ones(4, 8)
+    with pytest.raises(RuntimeError, match="some have none"):
+        muon_of(p, q).step()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_saved_optimizer_continues_with_identical_steps(kind):
+    config = OptimizerConfig(kind, weight_decay=0.1)
+    model, again = random_model(GPT), random_model(GPT, seed=4)
+    optimizer = build_optimizer(model, config)
+    for step in range(3):
+        random_gradients(model, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["model"])
+    resumed = build_optimizer(again, OptimizerConfig(kind, learning_rate=9.0))
+    resumed.load_state_dict(saved["optimizer"])
+    for step in range(3, 6):
+        for net, optim_of_net in ((model, optimizer), (again, resumed)):
+            random_gradients(net, step)
+            optim_of_net.step()
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_the_closure_runs_once_with_gradients_and_its_loss_is_returned():
+    model = random_model(GPT)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    before, losses = copy.deepcopy(model.state_dict()), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.tensor([[1, 2, 3, 4]])).square().mean()
+        losses.append(loss)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) is losses[0] and len(losses) == 1
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    assert optimizer.step() is None
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("config", [GPT, LECTURE])
+def test_the_loss_falls(config, kind):
+    model = random_model(config)
+    optimizer = build_optimizer(model, OptimizerConfig(kind, learning_rate=0.02))
+    ids = torch.randint(7, (8, 5), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(60):
+        logits = model(ids[:, :-1])
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# the learning rate
+
+LINEAR = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1, 0.1]
+COSINE = [
+    0.2, 0.4, 0.6, 0.8, 1.0, 0.96574579, 0.86819805, 0.72220754, 0.55, 0.37779246, 0.23180195,
+    0.13425421, 0.1, 0.1,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schedule", "peak", "low", "warmup", "decay", "expected"),
+    [
+        ("linear", 1.0, 0.1, 4, 12, LINEAR),
+        ("cosine", 1.0, 0.1, 4, 12, COSINE),
+        ("linear", 1.0, 0.0, 0, 2, [1.0, 0.5, 0.0, 0.0]),
+        ("cosine", 1.0, 0.0, 0, 4, [1.0, 0.85355339, 0.5, 0.14644661, 0.0, 0.0]),
+        ("cosine", 1.0, 0.1, 9, 3, [0.1, 0.2, 0.3, 0.4, 0.5]),  # the warm-up is longer than the run
+        ("linear", 2.0, 0.1, 3, 0, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]),  # no decay
+        ("cosine", 2.0, 0.1, 0, -1, [2.0, 2.0, 2.0]),
+        ("cosine", 0.3, 0.3, 0, 3, [0.3, 0.3, 0.3, 0.3, 0.3]),
+        ("linear", 0.0, 0.0, 1, 3, [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_learning_rates_are_these(schedule, peak, low, warmup, decay, expected):
+    config = OptimizerConfig(learning_rate=peak, schedule=schedule, min_lr=low, warmup_steps=warmup)
+    found = [learning_rate_at(step, config, decay) for step in range(len(expected))]
+    assert found == pytest.approx(expected, abs=1e-8)
