@@ -309,7 +309,7 @@ def draw(rows: list[Row], corpus: str, path: Path) -> str:
         axes.annotate(text, at, (9, 0), textcoords="offset points", va="center", bbox=box)
     if floor is not None:
         axes.axvline(floor, color="tab:red", linestyle="--", linewidth=1)
-        text, style = f"{floor:.2f}, the entropy of the text", {"color": "tab:red", "va": "center"}
+        text, style = f"{floor:.2f}, the entropy of the text", dict(color="tab:red", va="center")
         axes.annotate(text, (floor, 0), (6, 0), textcoords="offset points", **style)
     axes.set_yticks(places, [row.title for row in rows])
     axes.invert_yaxis()

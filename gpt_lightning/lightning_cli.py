@@ -36,13 +36,22 @@ from gpt_lightning.checkpoint import (
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import CONFIGS, ModelConfig, config_from_dict
-from gpt_lightning.settings import FROM_DATA, Settings, build_parser, flags_of, parse, restore
+from gpt_lightning.settings import (
+    FROM_DATA,
+    Settings,
+    build_parser,
+    check_length,
+    choose_length,
+    flags_of,
+    parse,
+    restore,
+)
 from gpt_lightning.training.callbacks import GenerateText, PredictionFile, RunProgressBar
 from gpt_lightning.training.checkpoint import AtomicCheckpointIO, BestAndLast, Interrupted
 from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
-from gpt_lightning.training.report import closing_table, introduction
+from gpt_lightning.training.report import Introduction, closing_table
 
 # The Trainer's settings where Lightning's own defaults do not fit; any of them can be given.
 TRAINER_DEFAULTS = {
@@ -51,26 +60,15 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-STEPS = 1000  # of a run whose length is not given: a minute or two on two cores
-EPOCHS = 3  # of a short text: longer runs overfit (docs/experiments.md)
-FEWEST_STEPS = 40
-VALIDATION_STEPS = 250
-NOTEBOOK_STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
-def run_trainer(
-    argv: list[str],
-    description: str = "",
-    folder: Path | None = None,
-    bar: ProgressBar | None = None,
-) -> int:
+def run_trainer(argv: list[str], description: str = "", folder: Path | None = None) -> int:
     """Run the command `argv[0]` with the flags that follow; returns the exit code.
 
     Args:
         argv: command and flags.
         description: of the command, for `--help`.
         folder: of a new run; the next free `lightning_logs/version_N` by default.
-        bar: a progress bar in place of `RunProgressBar`.
     """
     silence_lightning()
     command, parser = argv[0], build_parser(argv[0], description)
@@ -81,7 +79,7 @@ def run_trainer(
     path, checkpoint = find_start(command, settings)
     if checkpoint is not None:
         settings = restore(parser, argv, settings, checkpoint)
-    run = build(parser, command, settings, path, checkpoint, folder, bar)
+    run = build(parser, command, settings, path, checkpoint, folder)
     try:
         {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
     except Interrupted as stop:
@@ -102,7 +100,7 @@ def silence_lightning() -> None:
         ".*but have no logger configured.*",
         ".*smaller than the logging interval.*",
         ".*sync_dist=True.*",  # what is logged is already reduced over processes
-        r".*following callbacks: \['Timer'\].*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -137,14 +135,13 @@ def build(
     path: Path | None,
     checkpoint: dict | None,
     folder: Path | None,
-    bar: ProgressBar | None,
 ) -> Run:
     """Build data, module and Trainer, and complete the settings by the automatic choices."""
     seed = settings.setdefault("seed_everything", 1337)
     with flags_of("data"):
         data = TextDataModule(**settings["data"], seed=seed)
         data.prepare_data()
-        data.setup()
+        data.setup("fit" if command == "fit" else "validate")
     with flags_of("model"):
         module = build_module(settings["model"], data, seed)
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
@@ -161,12 +158,17 @@ def build(
                 raise
     if command == "fit":
         check_length(settings["trainer"], first_step)
-    reason = choose_trainer_settings(parser, command, settings, data, module)
-    callbacks = own_callbacks(command, settings, bar, reason)
-    logger = None
+    options = {**TRAINER_DEFAULTS, **settings["trainer"]}
+    settings["trainer"] = options
+    reason, logger = "", None
     if command == "fit":
-        logger = default_logger(settings["trainer"], path and run_folder(path), folder, first_step)
-    trainer = build_trainer(parser, settings["trainer"], callbacks, logger)
+        device, world_size = probe_hardware(parser, options)
+        choose_length(options, data, world_size)
+        if options.get("precision") is None:
+            width = getattr(module.config, "n_embd", 0)
+            options["precision"], reason = choose_precision(device, width)
+        logger = default_logger(options, path and run_folder(path), folder, first_step)
+    trainer = build_trainer(parser, options, own_callbacks(command, settings, reason), logger)
     module.run_settings = {k: v for k, v in settings.items() if k != "ckpt_path"}
     return Run(command, settings, data, module, trainer, path, first_step)
 
@@ -193,84 +195,6 @@ def flat_settings(module: GPTModule) -> dict[str, Any]:
     model = {k: v for k, v in asdict(config).items() if k not in FROM_DATA}
     other = {k: v for k, v in module.hparams.items() if k not in ("seed", "model", "optimizer")}
     return {"name": config.name, **model, **asdict(module.optimizer_config), **other}
-
-
-def check_length(trainer: dict[str, Any], first_step: int) -> None:
-    """Raise a UserError for settings that Lightning accepts but that train nothing."""
-    for name in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
-        check_positive(trainer, name, endless=name in ("max_steps", "max_epochs"))
-    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
-        check_positive(trainer, name)
-    if 0 < (trainer.get("max_steps") or 0) <= first_step:
-        raise UserError(
-            f"this run has done its {first_step:,} steps; train further with "
-            f"--trainer.max_steps={2 * first_step}"
-        )
-    if trainer.get("overfit_batches"):
-        number = trainer["overfit_batches"]
-        raise UserError(
-            f"--trainer.overfit_batches={number} would replace the order of the windows; use "
-            f"--data.overfit_batches={number}"
-        )
-    if trainer.get("strategy") in NOTEBOOK_STRATEGIES:
-        raise UserError(
-            f"--trainer.strategy={trainer['strategy']} is for notebooks: the results of its "
-            "processes do not return to this command; use --trainer.strategy=ddp"
-        )
-
-
-def check_positive(trainer: dict[str, Any], name: str, endless: bool = False) -> None:
-    value = trainer.get(name)
-    if isinstance(value, int | float) and value <= 0 and not (endless and value == -1):
-        raise UserError(f"--trainer.{name}={value} must be above 0")
-
-
-def choose_trainer_settings(
-    parser: ArgumentParser,
-    command: str,
-    settings: Settings,
-    data: TextDataModule,
-    module: GPTModule,
-) -> str:
-    """Complete the Trainer's settings; returns the reason for the precision, in brackets."""
-    trainer = settings["trainer"]
-    for name, value in TRAINER_DEFAULTS.items():
-        trainer.setdefault(name, value)
-    if command != "fit":
-        return ""
-    device, world_size = probe_hardware(parser, trainer)
-    accumulate = trainer.get("accumulate_grad_batches") or 1
-    if trainer.get("max_steps") is None and trainer.get("max_epochs") is None:
-        trainer["max_steps"] = choose_steps(data, world_size * accumulate)
-    interval = trainer.get("val_check_interval")
-    if interval is None and trainer.get("check_val_every_n_epoch") is None:
-        steps = trainer.get("max_steps", -1)
-        steps = VALIDATION_STEPS if steps < 1 else max(1, min(VALIDATION_STEPS, steps // 4))
-        trainer["val_check_interval"] = interval = steps * accumulate
-    if "check_val_every_n_epoch" not in trainer:
-        # null counts batches over the whole run; a fraction is one of an epoch
-        trainer["check_val_every_n_epoch"] = None if isinstance(interval, int) else 1
-    batches = data.batches_per_epoch(world_size, accumulate)
-    if trainer["check_val_every_n_epoch"] and isinstance(interval, int) and interval > batches:
-        raise UserError(
-            f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
-            "epoch; with --trainer.check_val_every_n_epoch give a fraction of an epoch, up to 1.0"
-        )
-    if trainer.get("precision") is None:
-        width = getattr(module.config, "n_embd", 0)
-        trainer["precision"], reason = choose_precision(device, width)
-        return f" ({reason})"
-    return ""
-
-
-def choose_steps(data: TextDataModule, batches_per_step: int) -> int:
-    """Steps of a run whose length is not given: 1,000, or three epochs of a shorter text."""
-    if data.hparams.overfit_batches:
-        return STEPS
-    tokens = sum(stop - start for start, stop in data.train_spans)
-    tokens_per_step = data.hparams.batch_size * data.hparams.block_size * batches_per_step
-    steps = EPOCHS * tokens // tokens_per_step // 4 * 4  # four validations at equal distances
-    return min(STEPS, max(FEWEST_STEPS, steps))
 
 
 def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str, int]:
@@ -311,14 +235,12 @@ def build_trainer(
         raise UserError(f"{error} ({flags})") from error
 
 
-def own_callbacks(
-    command: str, settings: Settings, bar: ProgressBar | None, precision_reason: str
-) -> list[Callback]:
+def own_callbacks(command: str, settings: Settings, precision_reason: str) -> list[Callback]:
     """Ours; the module adds `TrainingMetrics`."""
     trainer = settings["trainer"]
     callbacks: list[Callback] = []
     if trainer.get("enable_progress_bar", True) and not trainer.get("barebones"):
-        callbacks.append(bar or RunProgressBar())
+        callbacks.append(RunProgressBar())
     if command != "fit":
         return callbacks
     callbacks.append(Introduction(settings, precision_reason))
@@ -366,26 +288,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
-
-
-class Introduction(Callback):
-    """Prints what the run is about to do, and stores its settings as config.yaml."""
-
-    def __init__(self, settings: Settings, precision_reason: str):
-        self.settings, self.precision_reason = settings, precision_reason
-
-    def on_fit_start(self, trainer: Trainer, module: GPTModule) -> None:
-        folder = trainer.log_dir  # all processes have to ask
-        module.print(introduction(trainer, module, module.data, self.precision_reason))
-        if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        settings = {k: v for k, v in self.settings.items() if k != "ckpt_path"}
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        path = Path(folder) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:  # of the run it resumes
-            path = path.with_name(f"config-step{trainer.global_step}.yaml")
-        path.write_text(text, encoding="utf-8")
 
 
 def fit(run: Run) -> None:

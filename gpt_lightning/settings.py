@@ -1,7 +1,7 @@
 """The settings of a command: flags over configs over those of the checkpoint it starts from.
 
-Only what was given is in them: a default is never mistaken for a choice. The automatic choices are
-added in `lightning_cli`.
+Only what was given is in them: a default is never mistaken for a choice. What is not given and
+depends on text and hardware is chosen once the data are known.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,12 @@ from gpt_lightning.training.optim import OptimizerConfig
 PROGRAM = "python -m gpt_lightning"
 SECTIONS = ("data", "model", "sample", "checkpoint", "trainer")
 FROM_DATA = ("vocab_size", "block_size")  # fields of a model config that have no flag
+
+STEPS = 1000  # of a run whose length is not given: a minute or two on two cores
+EPOCHS = 3  # of a short text: longer runs overfit (docs/experiments.md)
+FEWEST_STEPS = 40
+VALIDATION_STEPS = 250
+NOTEBOOK_STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 Settings = dict[str, Any]  # "seed_everything", "ckpt_path" and a dict for each of SECTIONS
 
@@ -170,3 +176,73 @@ def settings_of(entry: dict) -> Settings:
         "block_size": entry["model"]["block_size"],
     }
     return {"data": data, "model": model, "trainer": {}, "sample": {}, "checkpoint": {}}
+
+
+def check_length(trainer: dict[str, Any], first_step: int) -> None:
+    """Raise a UserError for settings that Lightning accepts but that train nothing."""
+    for name in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
+        check_positive(trainer, name, endless=name in ("max_steps", "max_epochs"))
+    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
+        check_positive(trainer, name)
+    if 0 < (trainer.get("max_steps") or 0) <= first_step:
+        raise UserError(
+            f"this run has done its {first_step:,} steps; train further with "
+            f"--trainer.max_steps={2 * first_step}"
+        )
+    if trainer.get("overfit_batches"):
+        number = trainer["overfit_batches"]
+        raise UserError(
+            f"--trainer.overfit_batches={number} would replace the order of the windows; use "
+            f"--data.overfit_batches={number}"
+        )
+    if trainer.get("strategy") in NOTEBOOK_STRATEGIES:
+        raise UserError(
+            f"--trainer.strategy={trainer['strategy']} is for notebooks: the results of its "
+            "processes do not return to this command; use --trainer.strategy=ddp"
+        )
+
+
+def check_positive(trainer: dict[str, Any], name: str, endless: bool = False) -> None:
+    value = trainer.get(name)
+    if isinstance(value, int | float) and value <= 0 and not (endless and value == -1):
+        raise UserError(f"--trainer.{name}={value} must be above 0")
+
+
+def choose_length(trainer: dict[str, Any], data: TextDataModule, world_size: int) -> None:
+    """Choose number of steps and validation interval of a `fit`, where they are not given.
+
+    Args:
+        trainer: the Trainer's settings, which are completed.
+        data: after `setup`.
+        world_size: number of processes.
+
+    Raises:
+        UserError: for an interval that the Trainer would reject once the run has begun.
+    """
+    accumulate = trainer.get("accumulate_grad_batches") or 1
+    if trainer.get("max_steps") is None and trainer.get("max_epochs") is None:
+        trainer["max_steps"] = choose_steps(data, world_size * accumulate)
+    interval = trainer.get("val_check_interval")
+    if interval is None and trainer.get("check_val_every_n_epoch") is None:
+        steps = trainer.get("max_steps", -1)
+        steps = VALIDATION_STEPS if steps < 1 else max(1, min(VALIDATION_STEPS, steps // 4))
+        trainer["val_check_interval"] = interval = steps * accumulate
+    if "check_val_every_n_epoch" not in trainer:
+        # null counts batches over the whole run; a fraction is one of an epoch
+        trainer["check_val_every_n_epoch"] = None if isinstance(interval, int) else 1
+    batches = data.batches_per_epoch(world_size, accumulate)
+    if trainer["check_val_every_n_epoch"] and isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
+            "epoch; with --trainer.check_val_every_n_epoch give a fraction of an epoch, up to 1.0"
+        )
+
+
+def choose_steps(data: TextDataModule, batches_per_step: int) -> int:
+    """Steps of a run whose length is not given: 1,000, or three epochs of a shorter text."""
+    if data.hparams.overfit_batches:
+        return STEPS
+    tokens = sum(stop - start for start, stop in data.train_spans)
+    tokens_per_step = data.hparams.batch_size * data.hparams.block_size * batches_per_step
+    steps = EPOCHS * tokens // tokens_per_step // 4 * 4  # four validations at equal distances
+    return min(STEPS, max(FEWEST_STEPS, steps))

@@ -79,10 +79,15 @@ def trained(trained_once, tmp_path):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """A folder with the contents of a wheel that is built from this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    folder, root = tmp_path_factory.mktemp("wheel"), Path(__file__).parent.parent
+    source = folder / "source"  # setuptools leaves a build folder behind
+    for name in ("gpt_lightning", "configs"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        build, cwd=Path(__file__).parent.parent, check=True, capture_output=True, timeout=120
+        [*build, "-w", str(folder), str(source)], check=True, capture_output=True, timeout=120
     )
     (archive,) = folder.glob("*.whl")
     with zipfile.ZipFile(archive) as file:

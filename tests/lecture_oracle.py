@@ -1,13 +1,13 @@
 """The lecture's models in the lecture's own form: one small module per head, softmax by hand.
 
-In the order in which the lecture writes them, from the bigram table to its last listing, and in
-`LADDER` at the end the rungs that it climbs with them.
+In the order of the lecture, from the bigram table to its last listing; `LADDER` at the end has the
+rungs built from them.
 
-Frozen: this is what `gpt_lightning.model.lecture` must go on being equal to, so it is changed only
-where the lecture itself was misread. The package never imports it, and it imports no package of
-ours. Two choices of the package's are followed, because weights could not be copied otherwise:
-`bias`, and a score divided by the square root of the head's size (the notes' listing has the number
-of channels there; the formula has the head's size).
+Frozen: `gpt_lightning.model.lecture` must stay equal to this, so only a misreading of the lecture
+is a reason to change it. The package never imports it, and it does not import the package. Two of
+the package's choices are followed so that weights can be copied: `bias`, and scores divided by the
+square root of the head size (the notes' listing has the number of channels; their formula has the
+head size).
 
 Legend: B batch, T time (at most block_size), C channels (n_embd), D head size, V vocabulary.
 """
@@ -55,7 +55,7 @@ class EmbeddingLanguageModel(nn.Module):
         return logits, next_token_loss(logits, targets)
 
     def between(self, x):
-        """What the next models put between embedding and head: here nothing yet."""
+        """What later models put between embedding and head: nothing here."""
         return x
 
 
@@ -99,7 +99,7 @@ class Head(nn.Module):
 
 
 class OneHeadLanguageModel(EmbeddingLanguageModel):
-    """A head, as wide as the channels, between embedding and linear head."""
+    """One head of n_embd channels between embedding and linear head."""
 
     def __init__(self, vocab_size, block_size, n_embd, head):
         super().__init__(vocab_size, block_size, n_embd)
@@ -133,7 +133,7 @@ class FourHeadsLanguageModel(EmbeddingLanguageModel):
 
 
 class LinearReLU(nn.Module):
-    """The feed-forward as it is first written: one layer on each position alone."""
+    """The feed-forward as it is first written: one layer, applied to each position alone."""
 
     def __init__(self, n_embd):
         super().__init__()
@@ -157,7 +157,7 @@ class FeedForwardLanguageModel(EmbeddingLanguageModel):
 
 
 class PlainBlock(nn.Module):
-    """Communication, then computation, each in place of what was there before."""
+    """Communication, then computation, each replacing its input."""
 
     def __init__(self, n_embd, n_head, block_size):
         super().__init__()
@@ -171,7 +171,7 @@ class PlainBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Attention and feed-forward (which grow from rung to rung), each added to what was there."""
+    """Attention and feed-forward (of any rung), each added to its input."""
 
     def __init__(self, sa, ffwd):
         super().__init__()
@@ -185,7 +185,7 @@ class ResidualBlock(nn.Module):
 
 
 class BlocksLanguageModel(EmbeddingLanguageModel):
-    """Blocks, one after the other, with no norm behind them yet."""
+    """A sequence of blocks, without a final norm."""
 
     def __init__(self, vocab_size, block_size, n_embd, blocks):
         super().__init__(vocab_size, block_size, n_embd)
@@ -196,7 +196,7 @@ class BlocksLanguageModel(EmbeddingLanguageModel):
 
 
 class MultiHeadAttention(nn.Module):
-    """Heads one after the other, what they say side by side, and a projection of it."""
+    """Concatenated heads and a projection."""
 
     def __init__(self, n_embd, n_head, block_size, dropout=0.0, bias=True):
         super().__init__()
@@ -206,12 +206,12 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        said = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
-        return self.dropout(self.proj(said))
+        out = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
+        return self.dropout(self.proj(out))
 
 
 class LinearReLULinear(nn.Module):
-    """The feed-forward with a projection behind it."""
+    """The feed-forward with a projection after it."""
 
     def __init__(self, n_embd):
         super().__init__()
@@ -226,7 +226,7 @@ class LinearReLULinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The same with four times the channels inside."""
+    """The same, four times as wide inside."""
 
     def __init__(self, n_embd, dropout=0.0, bias=True):
         super().__init__()
@@ -242,7 +242,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """The last block: a LayerNorm before communication and before computation."""
+    """The final block: a LayerNorm before communication and before computation."""
 
     def __init__(self, n_embd, n_head, block_size, dropout, bias):
         super().__init__()
@@ -286,7 +286,7 @@ class GPTLanguageModel(nn.Module):
         return idx
 
 
-# The lecture's rungs by the names of their configs, from vocab_size, block_size and n_embd.
+# The lecture's rungs by config name, built from vocab_size, block_size and n_embd.
 LADDER = {
     "01_bigram": lambda V, T, C: BigramLanguageModel(V),
     "02_embedding": EmbeddingLanguageModel,
@@ -313,7 +313,7 @@ LADDER = {
 
 
 def oracle_of(model, dropout=None):
-    """The oracle of the shape of a `LectureGPT`, with its weights."""
+    """The oracle with the shape and the weights of a `LectureGPT`."""
     c = model.config
     dropout = c.dropout if dropout is None else dropout
     oracle = GPTLanguageModel(
@@ -324,10 +324,10 @@ def oracle_of(model, dropout=None):
 
 
 def from_model(named, n_head):
-    """Tensors under our names (weights, or gradients) -> the same under the oracle's names.
+    """Tensors by our names (weights or gradients) -> the same tensors by the oracle's names.
 
-    Our qkv.weight (3C, C) has the rows of q, k, v one after the other, each of n_head heads of D
-    rows; each head of the oracle has three matrices (D, C) of its own.
+    Our qkv.weight (3C, C) holds the rows of q, k and v in this order, each with D rows per head;
+    each head of the oracle has three matrices (D, C).
     """
     found = {}
     for name, tensor in named.items():
@@ -344,7 +344,7 @@ def from_model(named, n_head):
 
 
 def from_rung(oracle, named, n_head):
-    """`from_model` for any rung: where the lecture has no blocks yet, our first is the model."""
+    """`from_model` for any rung: before the lecture has blocks, our first block is the model."""
     found = from_model(named, n_head)
     if hasattr(oracle, "blocks"):
         return found
@@ -354,7 +354,7 @@ def from_rung(oracle, named, n_head):
 
 
 def copy_named(named, oracle):
-    """Copy into the oracle's parameters, each of which must be there, and nothing else."""
+    """Copy into the oracle's parameters; the names must be the same."""
     own = dict(oracle.named_parameters())
     assert own.keys() == named.keys()
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """A wheel, unpacked elsewhere, contains all that a user needs."""
 
+import configparser
 import os
 import re
 import subprocess
@@ -59,9 +60,10 @@ def test_wheel_fits_generates_and_climbs_in_an_empty_folder(installed, tmp_path)
 
 
 def test_every_imported_package_is_a_dependency():
-    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"^dependencies = \[\n(.*?)^\]", pyproject, re.M | re.S)[1]
-    declared = set(re.findall(r'^    "([\w-]+)', listed, re.M))
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = config["options"]["install_requires"]
+    declared = set(re.findall(r"^([\w-]+)", listed, re.M))
     # aiohttp comes with fsspec[http]
     names = {"yaml": "pyyaml", "docstring_parser": "docstring-parser", "aiohttp": "fsspec"}
     optional = {"matplotlib"}  # for the ladder's picture; its absence is reported

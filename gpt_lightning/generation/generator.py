@@ -164,9 +164,7 @@ class TextGenerator:
         )
         decoders = [self.tokenizer.stream_decoder() for _ in range(num_samples)]
         for step in steps:
-            yield [
-                "" if i is None else decode(i) for decode, i in zip(decoders, step, strict=True)
-            ]
+            yield ["" if i is None else decode(i) for decode, i in zip(decoders, step, strict=True)]
         yield [decode(None) for decode in decoders]  # a character whose bytes are incomplete
 
     def generate(

@@ -61,8 +61,8 @@ def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
             raise UserError(f"{shown} is not a setting of the {name} model{hint}", field=key)
         # exact types: a bool is not an int here; an int is a valid float
         if type(value) not in types[key] and not (type(value) is int and float in types[key]):
-            expected = " or ".join(kind.__name__ for kind in types[key])
-            raise UserError(f"{shown} must be of type {expected}", field=key)
+            names = ["null" if kind is type(None) else kind.__name__ for kind in types[key]]
+            raise UserError(f"{shown} must be of type {' or '.join(names)}", field=key)
     return CONFIGS[name](**settings)
 
 

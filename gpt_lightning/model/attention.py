@@ -1,12 +1,15 @@
 """Causal attention for training, and the key/value cache for generation. Both GPTs use them.
 
-Legend: B batch, H heads, T time, D head size, N tokens so far, n new tokens.
+Legend: B batch, H heads, T time, D head size, n new tokens, N tokens that the cache has memory for.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+
+STEP = 64  # tokens by which the cache grows
+FEW = 8  # samples; for so many at most, the cache on a CPU is in fp32
 
 
 def causal_attention(
@@ -38,7 +41,7 @@ class KVCache:
     """Keys and values of the tokens so far, so that a new token costs one token's work.
 
     A model fills it: with a cache, it computes only the tokens of a window that come after the
-    first `length`. Every layer's keys and values are (B, H, block_size, D), allocated at first use.
+    first `length`. Each layer has keys and values (B, H, N, D), where N grows by `STEP`.
 
     Attributes:
         length: number of tokens whose keys and values are stored.
@@ -52,21 +55,32 @@ class KVCache:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Store k and v (B, H, n, D) of the new tokens; attend from q to all tokens so far."""
-        B, H, n, D = k.shape
-        if layer not in self.layers:
-            # On a CPU, attention of a single token takes several times as long in bf16.
-            dtype = torch.float32 if k.device.type == "cpu" else k.dtype
-            new = k.new_empty(2, B, H, self.block_size, D, dtype=dtype)
-            self.layers[layer] = (new[0], new[1])
-        keys, values = self.layers[layer]
-        start, stop = self.length, self.length + n
+        start, stop = self.length, self.length + k.shape[2]
+        keys, values = self._grown(layer, k, stop)
         keys[:, :, start:stop] = k
         values[:, :, start:stop] = v
         if start == 0:
             return causal_attention(q, k, v, scale)
-        mask = None
-        if n > 1:
-            mask = torch.ones(n, stop, dtype=torch.bool, device=k.device).tril(start)
-        q, keys, values = q.type_as(keys), keys[:, :, :stop], values[:, :, :stop]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        return out.type_as(k)
+        # Over all N, not up to `stop`: products of contiguous matrices are faster, and for a single
+        # position per sample also faster than torch's fused attention.
+        positions = torch.arange(keys.shape[2], device=k.device)
+        future = positions > positions[start:stop, None]  # (n, N)
+        scores = q.type_as(keys) @ keys.mT * scale  # (B, H, n, N)
+        weights = scores.masked_fill_(future, -math.inf).softmax(dim=-1)
+        return (weights @ values).type_as(k)
+
+    def _grown(self, layer: int, k: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values, with memory for at least `length` tokens."""
+        if layer not in self.layers:
+            B, H, _, D = k.shape
+            # On a CPU, a product of a few rows takes several times as long in bf16.
+            few = k.device.type == "cpu" and B <= FEW
+            empty = k.new_zeros(B, H, 0, D, dtype=torch.float32 if few else k.dtype)
+            self.layers[layer] = (empty, empty)
+        keys, values = self.layers[layer]
+        if length > keys.shape[2]:
+            size = min(-(-length // STEP) * STEP, self.block_size)
+            padding = (0, 0, 0, size - keys.shape[2])
+            keys, values = F.pad(keys, padding), F.pad(values, padding)
+            self.layers[layer] = (keys, values)
+        return keys, values

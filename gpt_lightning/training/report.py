@@ -1,8 +1,11 @@
 """What `fit` prints before and after a run."""
 
 import math
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+import yaml
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from gpt_lightning.checkpoint import resume_command, shell_command
@@ -12,6 +15,26 @@ from gpt_lightning.training.checkpoint import BestAndLast
 from gpt_lightning.training.module import GPTModule
 
 LARGE_VALIDATION = 10_000_000  # tokens: minutes of validation, even for a small model
+
+
+class Introduction(Callback):
+    """Prints what the run is about to do, and stores its settings as config.yaml."""
+
+    def __init__(self, settings: dict[str, Any], precision_reason: str):
+        self.settings, self.precision_reason = settings, precision_reason
+
+    def on_fit_start(self, trainer: Trainer, module: GPTModule) -> None:
+        folder = trainer.log_dir  # all processes have to ask
+        module.print(introduction(trainer, module, module.data, self.precision_reason))
+        if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        settings = {k: v for k, v in self.settings.items() if k != "ckpt_path"}
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        path = Path(folder) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:  # of the run it resumes
+            path = path.with_name(f"config-step{trainer.global_step}.yaml")
+        path.write_text(text, encoding="utf-8")
 
 
 def introduction(
@@ -25,6 +48,7 @@ def introduction(
     if config.name != "bigram":
         shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
     folder = trainer.logger.log_dir if trainer.logger else "no log"
+    reason = f" ({precision_reason})" if precision_reason else ""
     steps = f", {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
     lines = [
         f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {validated}, "
@@ -33,8 +57,10 @@ def introduction(
         f"{num_parameters(module.net):,} parameters",
         f"run    {folder} on {trainer.strategy.root_device.type} x {trainer.world_size}, "
         f"batch {hp.batch_size} x {hp.block_size}{steps}",
-        f"       {module.optimizer_config.optimizer}, {trainer.precision}{precision_reason}",
+        f"       {module.optimizer_config.optimizer}, {trainer.precision}{reason}",
     ]
+    if summary := data.corpus.summary():
+        lines.insert(1, f"       {summary}")
     if val > LARGE_VALIDATION:
         lines.insert(1, "       --data.max_val_tokens=1000000 makes validation shorter")
     return "\n".join(lines)

@@ -1,24 +1,27 @@
-"""The weights that text is written with: what is rounded, by how much, and when."""
+"""Quantised weights: what is rounded, by how much, and when."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning.generation import precision
-from gpt_lightning.generation.engine import generate
-from gpt_lightning.generation.precision import FEW, Int8Linear, for_writing
+from gpt_lightning.errors import UserError
+from gpt_lightning.generation import quantize as module
+from gpt_lightning.generation.generator import generate
+from gpt_lightning.generation.quantize import FEW, Int8Linear, quantize
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.model import build_model
+from gpt_lightning.model import CONFIGS, build_model
 from gpt_lightning.model.attention import KVCache
 
 SIZES = dict(vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=32)
 
 
 def model(name: str, **sizes) -> nn.Module:
-    """With weights that matter: the modern GPT's last matrices begin at zero."""
+    """A model whose weights are not zero, as some of the modern GPT's are initially."""
     torch.manual_seed(0)
-    built = build_model(name, **(SIZES | sizes)).eval()
+    fields = CONFIGS[name].__dataclass_fields__
+    settings = {key: value for key, value in (SIZES | sizes).items() if key in fields}
+    built = build_model(CONFIGS[name](**settings)).eval()
     with torch.no_grad():
         for weight in built.parameters():
             if weight.ndim > 1:
@@ -31,16 +34,14 @@ def linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(64, 48, bias=bias)
 
 
-@pytest.mark.parametrize("laid_out", [precision.ONEDNN, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1, 40])
-def test_a_rounded_layer_is_the_layer_with_weights_on_a_grid(rows, bias, laid_out, monkeypatch):
-    monkeypatch.setattr(precision, "ONEDNN", laid_out)
+def test_a_rounded_layer_equals_a_layer_with_weights_on_a_grid(rows, bias):
     layer = linear(bias)
     rounded = Int8Linear(layer)
-    x = torch.randn(2, rows, 64).bfloat16()[:1]
+    x = torch.randn(1, rows, 64).bfloat16()
     steps = layer.weight.abs().amax(1, keepdim=True).double() / 127
-    steps = steps.float().bfloat16().double()  # the grid's step is kept in bf16
+    steps = steps.float().bfloat16().double()  # scales are bf16
     grid = (layer.weight.double() / steps).round().clamp(-127, 127) * steps
     expected = x.double() @ grid.T + (layer.bias.double() if bias else 0)
     assert rounded(x).shape == (1, rows, 48)
@@ -52,11 +53,11 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step():
     rounded = Int8Linear(layer)
     back = rounded.weight.float() * rounded.scale.float()[:, None]
     step = layer.weight.abs().amax(1, keepdim=True) / 127
-    assert ((back - layer.weight).abs() <= step * 1.01).all()  # the scale is rounded to bf16 too
+    assert ((back - layer.weight).abs() <= step * 1.01).all()  # scales are rounded too
     assert ((back - layer.weight).abs() <= step * 0.5).float().mean() > 0.7
 
 
-def test_rows_of_very_different_size_and_of_zeros_are_each_rounded_by_themselves():
+def test_each_output_is_rounded_with_its_own_scale():
     layer = nn.Linear(32, 3, bias=False)
     with torch.no_grad():
         layer.weight[0] = torch.linspace(-1e-4, 1e-4, 32)
@@ -67,11 +68,11 @@ def test_rows_of_very_different_size_and_of_zeros_are_each_rounded_by_themselves
 
 
 @pytest.mark.parametrize("name", ["gpt", "lecture", "bigram"])
-@pytest.mark.parametrize("how", ["bf16", "int8"])
-def test_the_model_itself_stays_as_it_was(name, how):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_original_model_is_not_changed(name, precision):
     original = model(name)
     before = {key: tensor.clone() for key, tensor in original.state_dict().items()}
-    narrow = for_writing(original, how)
+    narrow = quantize(original, precision)
     assert narrow is not original
     after = original.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -81,87 +82,86 @@ def test_the_model_itself_stays_as_it_was(name, how):
 
 @pytest.mark.parametrize("name", ["gpt", "lecture"])
 def test_every_linear_layer_is_rounded(name):
-    kinds = [type(module) for module in for_writing(model(name), "int8").modules()]
+    kinds = [type(module) for module in quantize(model(name), "int8").modules()]
     assert nn.Linear not in kinds
     originals = sum(isinstance(module, nn.Linear) for module in model(name).modules())
     assert kinds.count(Int8Linear) == originals
 
 
 @pytest.mark.parametrize("name", ["gpt", "lecture"])
-@pytest.mark.parametrize("how", ["bf16", "int8"])
-def test_probabilities_stay_nearly_what_they_were(name, how):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_probabilities_stay_close(name, precision):
     original = model(name)
     ids = torch.randint(11, (3, 24))
     with torch.no_grad():
         exact = F.log_softmax(original(ids), -1)
-        rounded = F.log_softmax(for_writing(original, how)(ids).float(), -1)
+        rounded = F.log_softmax(quantize(original, precision)(ids).float(), -1)
     lost = F.kl_div(rounded, exact, log_target=True, reduction="sum") / ids.numel()
-    assert 0 < lost < 0.02  # nats a token; weights of 0.3 make for logits of tens
+    assert 0 < lost < 0.02  # nats per token; weights of 0.3 give logits of tens
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt", "lecture"])
-@pytest.mark.parametrize("how", ["bf16", "int8"])
-@pytest.mark.parametrize("rows", [3, 20])  # few, and so many that keys and values are in bf16 too
-def test_token_by_token_they_stay_so_too(name, how, rows):
-    original, narrow = model(name), for_writing(model(name), how)
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("rows", [3, 20])  # a cache in fp32 and one in bf16
+def test_probabilities_stay_close_token_by_token(name, precision, rows):
+    original, narrow = model(name), quantize(model(name), precision)
     ids = torch.randint(11, (rows, 24))
-    cache = KVCache(narrow.config, rows, torch.device("cpu"), torch.bfloat16)
+    cache = KVCache(block_size=24)
     exact = F.log_softmax(original(ids), -1)
-    steps = torch.cat([narrow(part, cache) for part in ids.split(1, dim=1)], dim=1)
+    steps = torch.cat([narrow(ids[:, :stop], cache) for stop in range(1, 25)], dim=1)
     rounded = F.log_softmax(steps.float(), -1)
-    assert cache.keys[0].dtype == (torch.bfloat16 if rows == 20 else torch.float32)
+    assert cache.layers[0][0].dtype == (torch.bfloat16 if rows == 20 else torch.float32)
     lost = F.kl_div(rounded, exact, log_target=True, reduction="sum") / ids.numel()
     assert 0 < lost < 0.02
 
 
 @pytest.mark.parametrize("name", ["gpt", "lecture"])
-@pytest.mark.parametrize("how", ["fp32", "bf16", "int8"])
-def test_each_precision_writes_on_past_the_window(name, how):
-    written = for_writing(model(name), how)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_each_precision_generates_past_the_window(name, precision):
+    narrow = quantize(model(name), precision)
     prompt = torch.randint(11, (2, 20))
-    texts = list(generate(written, prompt, 40, Sampling(1.0), torch.Generator().manual_seed(3)))
-    again = list(generate(written, prompt, 40, Sampling(1.0), torch.Generator().manual_seed(3)))
+    texts = list(generate(narrow, prompt, 40, Sampling(1.0), torch.Generator().manual_seed(3)))
+    again = list(generate(narrow, prompt, 40, Sampling(1.0), torch.Generator().manual_seed(3)))
     assert len(texts) == 40 and texts == again
 
 
-def test_fp32_is_the_model_itself():
+def test_fp32_returns_the_model_itself():
     original = model("gpt")
-    assert for_writing(original, "fp32") is original
+    assert quantize(original, "fp32") is original
 
 
-def test_a_small_model_is_not_measured_however_large_its_embeddings(monkeypatch):
-    monkeypatch.setattr(precision, "token_seconds", lambda model: pytest.fail("measured"))
+def test_auto_does_not_measure_small_models_with_large_embeddings(monkeypatch):
+    monkeypatch.setattr(module, "token_seconds", lambda model: pytest.fail("measured"))
     for sizes in ({}, {"n_gram": 12, "vocab_size": 200}):
         original = model("gpt", **sizes)
-        assert for_writing(original, "auto") is original
-    assert sum(p.numel() for p in original.parameters()) > 2 * precision.LARGE
+        assert quantize(original, "auto") is original
+    assert sum(p.numel() for p in original.parameters()) > 2 * module.LARGE
 
 
 @pytest.mark.parametrize(("fp32", "int8", "rounds"), [(2.0, 1.0, True), (1.4, 1.0, False)])
-def test_a_large_one_is_rounded_where_that_is_clearly_quicker(monkeypatch, fp32, int8, rounds):
+def test_auto_rounds_a_large_model_only_if_int8_is_clearly_faster(monkeypatch, fp32, int8, rounds):
     original = model("gpt")
-    monkeypatch.setattr(precision, "LARGE", 10)
-    monkeypatch.setattr(
-        precision, "token_seconds", lambda which: fp32 if which is original else int8
-    )
-    assert (for_writing(original, "auto") is not original) == rounds
+    monkeypatch.setattr(module, "LARGE", 10)
+    monkeypatch.setattr(module, "token_seconds", lambda which: fp32 if which is original else int8)
+    assert (quantize(original, "auto") is not original) == rounds
 
 
-def test_another_device_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(precision, "LARGE", 10)
+def test_int8_is_for_a_cpu_only(monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 10)
     original = model("gpt").to("meta")
-    assert for_writing(original, "auto") is original
-    with pytest.raises(ValueError, match="--precision=int8 is for a CPU, not for --device=meta"):
-        for_writing(original, "int8")
+    assert quantize(original, "auto") is original
+    with pytest.raises(UserError, match="^precision=int8 is for a CPU, not for device=meta"):
+        quantize(original, "int8")
 
 
-def test_an_unknown_precision_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="--precision=fp8 is unknown; choose one of auto, fp32"):
-        for_writing(model("gpt"), "fp8")
+def test_an_unknown_precision_raises():
+    with pytest.raises(UserError, match="^precision=fp8 is unknown; choose one of auto, fp32") as e:
+        quantize(model("gpt"), "fp8")
+    assert e.value.field == "precision"
 
 
 def test_measuring_draws_no_random_numbers():
     original, before = model("gpt"), torch.get_rng_state()
-    assert precision.token_seconds(original) > 0
+    assert module.token_seconds(original) > 0
     assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,372 @@
+"""Generated text against the lecture's loop, naive decoding of windows, and drawn frequencies."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lecture_oracle import BigramLanguageModel, oracle_of
+
+from gpt_lightning.checkpoint import KEY, describe
+from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt_lightning.errors import UserError
+from gpt_lightning.generation.generator import TextGenerator, generate
+from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.model import CONFIGS, build_model
+from gpt_lightning.model.lecture import BigramConfig, LectureConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def softmax(logits, temperature=1.0):
+    """Probabilities in double precision."""
+    scaled = [x / temperature for x in logits]
+    weights = [math.exp(x - max(scaled)) for x in scaled]
+    return [w / sum(weights) for w in weights]
+
+
+def chi_square(counts, probs) -> float:
+    """Distance of counts from probabilities, as a standard normal (Wilson and Hilferty)."""
+    n, free = sum(counts), len(counts) - 1
+    statistic = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, probs, strict=True))
+    return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
+
+
+def lecture_model(block_size=6, vocab_size=9, **more):
+    torch.manual_seed(7)
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, init_std=0.5, **more)
+    return build_model(LectureConfig(vocab_size=vocab_size, block_size=block_size, **sizes))
+
+
+def successor(vocab_size, after, block_size=4):
+    """A bigram model that always continues token i with after[i]."""
+    model = build_model(BigramConfig(vocab_size=vocab_size, block_size=block_size))
+    with torch.no_grad():
+        model.token_embedding_table.weight.zero_()
+        for token, next_token in after.items():
+            model.token_embedding_table.weight[token, next_token] = 1e4
+    return model
+
+
+def steps(model, ids, n, sampling=None, seed=0, stop=()):
+    """The ids that `generate` yields, a list for each sample."""
+    found = generate(model, torch.tensor(ids), n, sampling or Sampling(), seeded(seed), stop)
+    return [list(sample) for sample in zip(*found, strict=True)]
+
+
+def windows(text, prompt, n, block_size=6):
+    """The window at each of n steps: all tokens so far; a full one restarts with three quarters."""
+    start = max(0, prompt - block_size)
+    for end in range(prompt, prompt + n):
+        if end - start > block_size:
+            start = end - 1 - block_size * 3 // 4
+        yield text[start:end]
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 6, 7, 20])
+@pytest.mark.parametrize("block_size", [1, 2, 6, 16])
+def test_greedy_text_equals_the_lecture_model_on_each_whole_window(prompt, block_size):
+    model = lecture_model(block_size).eval()
+    ids = torch.randint(9, (3, prompt), generator=seeded(2))
+    generated = steps(model, ids.tolist(), 30, Sampling(temperature=0))
+    oracle = oracle_of(model)
+    for sample, before in zip(generated, ids.tolist(), strict=True):
+        text = before + sample
+        seen = windows(text, prompt, 30, block_size)
+        assert sample == [int(oracle(torch.tensor([ids]))[0][0, -1].argmax()) for ids in seen]
+
+
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_text_within_block_size_equals_the_lecture_s_loop(prompt):
+    model = lecture_model(block_size=12).eval()
+    ids = torch.randint(9, (2, prompt), generator=seeded(2))
+    oracle, naive = oracle_of(model), ids
+    for _ in range(12 - prompt + 1):
+        logits = oracle(naive[:, -12:])[0][:, -1, :]
+        naive = torch.cat([naive, logits.argmax(-1, keepdim=True)], dim=1)
+    n = naive.shape[1] - prompt
+    assert steps(model, ids.tolist(), n, Sampling(temperature=0)) == naive[:, prompt:].tolist()
+
+
+def test_draws_equal_the_lecture_s_generate():
+    """With logits sorted by id, as `Sampling` sorts them, one seed gives the same tokens."""
+    model = successor(5, {})
+    with torch.no_grad():  # logits decrease with the id
+        model.token_embedding_table.weight.copy_(torch.linspace(1, -1, 5).repeat(5, 1))
+    oracle = BigramLanguageModel(5)
+    oracle.load_state_dict(model.state_dict())
+    ids, generator = torch.zeros(2, 1, dtype=torch.long), seeded(3)
+    for _ in range(50):
+        probs = F.softmax(oracle(ids)[0][:, -1, :], dim=-1)
+        ids = torch.cat([ids, torch.multinomial(probs, 1, generator=generator)], dim=1)
+    assert steps(model, [[0], [0]], 50, seed=3) == ids[:, 1:].tolist()
+
+
+def test_each_token_is_computed_once_until_the_window_restarts():
+    model, seen = lecture_model(), []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    (generated,) = steps(model, [[1, 2, 3, 4]], 8)
+    # 4 tokens, two more that fill the window of 6, then the last 4 of those and the next one
+    assert seen == [4, 1, 1, 5, 1, 5, 1, 5]
+
+
+def test_tokens_follow_the_model_s_probabilities():
+    torch.manual_seed(1)
+    model = build_model(BigramConfig(vocab_size=4, block_size=2, init_std=1.0))
+    (generated,) = steps(model, [[0]], 8000, seed=3)
+    pairs = list(zip([0, *generated], generated, strict=False))
+    table = model.token_embedding_table.weight.tolist()
+    for token in range(4):
+        counts = [pairs.count((token, i)) for i in range(4)]
+        assert sum(counts) > 100
+        assert chi_square(counts, softmax(table[token])) < 4
+
+
+def test_the_seed_decides_the_text():
+    model = lecture_model()
+    first = steps(model, [[1, 2]] * 2, 40, seed=5)
+    assert steps(model, [[1, 2]] * 2, 40, seed=5) == first
+    assert steps(model, [[1, 2]] * 2, 40, seed=6) != first
+    assert first[0] != first[1]  # samples of one prompt are drawn independently
+    torch.manual_seed(999)  # torch's global generator is not used
+    assert steps(model, [[1, 2]] * 2, 40, seed=5) == first
+
+
+def test_samples_of_a_batch_are_independent():
+    model = lecture_model()
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 0]]
+    greedy = Sampling(temperature=0)
+    together = steps(model, prompts, 12, greedy)
+    assert together == [steps(model, [prompt], 12, greedy)[0] for prompt in prompts]
+
+
+def test_a_stop_ends_one_sample_and_others_continue():
+    model = successor(10, {i: (i + 1) % 10 for i in range(10)})
+    found = steps(model, [[0], [4], [7]], 9, stop=[[3, 4], [8, 9, 0]])
+    assert found[0] == [1, 2, 3, 4, None, None]  # both tokens of the stop are included
+    assert found[1] == [5, 6, 7, 8, 9, 0]
+    assert found[2] == [8, 9, 0, None, None, None]
+    assert steps(model, [[0], [1]], 50, stop=[[3]]) == [[1, 2, 3], [2, 3, None]]  # all have ended
+
+
+def test_a_stop_in_the_prompt_is_ignored():
+    model = successor(10, {i: (i + 1) % 10 for i in range(10)})
+    assert steps(model, [[3, 4]], 3, stop=[[3, 4]]) == [[5, 6, 7]]
+    assert steps(model, [[3]], 3, stop=[[3, 4]]) == [[4, 5, 6]]  # half of it is in the prompt
+
+
+def test_ended_samples_do_not_change_the_draws_of_others():
+    model = lecture_model()
+    free = steps(model, [[1], [2]], 25, seed=8)
+    stop = free[0][3:5]
+    stopped = steps(model, [[1], [2]], 25, seed=8, stop=[stop])
+    ends = [next((i + 2 for i in range(24) if s[i : i + 2] == stop), 25) for s in free]
+    assert ends[0] <= 5
+    expected = [s[:end] + [None] * (25 - end) for s, end in zip(free, ends, strict=True)]
+    assert stopped == [s[: max(ends)] for s in expected]
+
+
+def test_each_step_is_yielded_before_the_next_is_computed():
+    model, calls = lecture_model(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = generate(model, torch.tensor([[1]]), 5, Sampling(), seeded())
+    assert calls == []
+    next(found)
+    assert len(calls) == 1
+    next(found)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("end", ["run to its end", "closed", "abandoned", "an error"])
+def test_training_mode_is_restored(mode, end):
+    model = lecture_model(dropout=0.5).train(mode)
+    seen = []
+    model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    found = generate(model, torch.tensor([[1]]), 3, Sampling(), seeded())
+    assert model.training is mode
+    next(found)
+    assert model.training is False  # during generation
+    if end == "run to its end":
+        list(found)
+    elif end == "closed":
+        found.close()
+    elif end == "abandoned":
+        del found
+    else:
+        with pytest.raises(KeyError):
+            found.throw(KeyError())
+    assert model.training is mode
+    assert all(module.training is mode for module in model.modules())
+    assert not any(seen)
+
+
+def test_gradients_are_off_in_the_model_only():
+    model, seen = lecture_model(), []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    list(generate(model, torch.tensor([[1]]), 2, Sampling(), seeded()))
+    assert seen == [False, False]
+    hook.remove()
+    for _ in generate(model, torch.tensor([[1]]), 2, Sampling(), seeded()):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert model(torch.tensor([[1]])).requires_grad
+
+
+# --- TextGenerator --------------------------------------------------------------------------------
+
+LETTERS = CharTokenizer("\n abcdef")
+
+
+@pytest.fixture
+def letters():
+    return TextGenerator(lecture_model(vocab_size=8), LETTERS)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of `letters` with what generation needs of it."""
+    model = lecture_model(vocab_size=8)
+    corpus = {"name": "a text", "sha256": "0" * 64, "split": "tail", "val_fraction": 0.1}
+    weights = {f"net.{name}": weight for name, weight in model.state_dict().items()}
+    entry = describe(model.config, LETTERS.state(), corpus, None)
+    torch.save({"state_dict": weights, KEY: entry}, tmp_path / "best.ckpt")
+    return tmp_path / "best.ckpt"
+
+
+def speller(text, start="\n"):
+    """A generator over bytes that continues `start` with `text`, whose bytes all differ."""
+    path = [*start.encode()[-1:], *text.encode()]
+    assert len(set(path)) == len(path)
+    return TextGenerator(successor(256, dict(itertools.pairwise(path))), ByteTokenizer())
+
+
+def test_a_loaded_generator_equals_the_saved_model(saved, letters):
+    loaded = TextGenerator.load(saved)
+    assert not loaded.model.training and loaded.tokenizer.vocabulary == "\n abcdef"
+    text = loaded.generate("fad", max_new_tokens=30, seed=3)
+    assert text == letters.generate("fad", max_new_tokens=30, seed=3)
+    ids = steps(letters.model, [[7, 2, 5]], 30, seed=3)[0]
+    assert text == ["fad" + "".join("\n abcdef"[i] for i in ids)]
+
+
+def test_streamed_pieces_join_to_the_generated_texts(letters):
+    settings = dict(max_new_tokens=60, seed=2, num_samples=3, stop=["b"])
+    generated = letters.generate("face", **settings)
+    pieces = list(letters.stream("face", **settings))
+    assert all(len(step) == 3 for step in pieces)
+    assert ["face" + "".join(sample) for sample in zip(*pieces, strict=True)] == generated
+    # each text ends with the stop or has the full length
+    assert all(t[4:].find("b") == len(t) - 5 if "b" in t else len(t) == 64 for t in generated)
+    assert len(set(generated)) == 3
+    assert letters.generate("face", **{**settings, "seed": 3}) != generated
+
+
+def test_temperature_0_generates_the_same_text_for_every_seed(letters):
+    greedy = Sampling(temperature=0)
+    texts = {letters.generate("a", sampling=greedy, seed=seed)[0] for seed in range(3)}
+    assert len(texts) == 1 and len(texts.pop()) == 501
+
+
+@pytest.mark.parametrize("name", ["gpt", "lecture", "bigram"])
+def test_a_prompt_longer_than_block_size_counts_with_its_last_tokens(name):
+    torch.manual_seed(7)
+    model = build_model(CONFIGS[name](vocab_size=8, block_size=6))
+    generator = TextGenerator(model, LETTERS)
+    long = generator.generate("abcdef" * 5 + "fedcba", max_new_tokens=20)[0]
+    assert long[36:] == generator.generate("fedcba", max_new_tokens=20)[0][6:]
+
+
+def test_bytes_are_streamed_as_whole_characters():
+    text = "é€🙃"
+    writer = speller(text)
+    pieces = [piece for (piece,) in writer.stream(max_new_tokens=9)]
+    assert pieces == ["", "é", "", "", "€", "", "", "", "🙃", ""]
+    assert writer.generate(max_new_tokens=9) == [text]
+
+
+def test_an_incomplete_character_is_replaced_at_the_end():
+    pieces = [piece for (piece,) in speller("é€").stream(max_new_tokens=4)]
+    assert pieces == ["", "é", "", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_stop_of_several_bytes_ends_the_text():
+    assert speller("é€🙃").generate(max_new_tokens=99, stop=["€"]) == ["é€"]
+
+
+def test_a_prompt_of_several_bytes_is_continued():
+    assert speller("é🙃", start="€").generate("€", max_new_tokens=6) == ["€é🙃"]
+
+
+def test_an_unknown_character_raises_and_is_named(letters):
+    with pytest.raises(UserError, match="^prompt: .*☃.*SNOWMAN") as error:
+        letters.generate("cab\N{SNOWMAN}")
+    assert error.value.field == "prompt"
+    with pytest.raises(UserError, match="^stop: .*'z'") as error:
+        letters.generate("cab", stop=["a", "z"])
+    assert error.value.field == "stop"
+
+
+def test_unknown_characters_are_dropped_or_replaced_on_request(saved):
+    dropping = TextGenerator.load(saved, unknown="drop")
+    with_snowman, without = dropping.generate("c☃ab"), dropping.generate("cab")
+    assert with_snowman[0].removeprefix("c☃ab") == without[0].removeprefix("cab")
+    replacing = TextGenerator.load(saved, unknown="replace")  # by a space, in this vocabulary
+    assert replacing.generate("☃")[0][1:] == replacing.generate(" ")[0][1:]
+
+
+def test_an_empty_prompt_starts_at_the_beginning_of_a_line(letters):
+    text = letters.generate("", seed=4)[0]
+    assert text == letters.generate("\n", seed=4)[0].removeprefix("\n")
+    assert letters.generate(seed=4) == [text]
+
+
+@pytest.mark.parametrize("unknown", ["error", "drop", "replace"])
+def test_an_empty_prompt_works_without_a_newline_in_the_vocabulary(unknown):
+    generator = TextGenerator(successor(3, {0: 1, 1: 2, 2: 0}), CharTokenizer("abc", unknown))
+    assert generator.generate("", max_new_tokens=4) == ["bcab"]  # as after the first token, "a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(num_samples=0), "num_samples=0 must be at least 1"),
+        (dict(stop=["a", ""]), "stop='' must have at least one character"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_raise(letters, settings, message):
+    with pytest.raises(UserError, match=f"^{message}$") as error:
+        letters.generate("a", **settings)
+    assert error.value.field in settings
+
+
+def test_a_diverged_model_raises(letters):
+    with torch.no_grad():
+        letters.model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="logits are not finite"):
+        letters.generate("a")
+
+
+def test_generation_does_not_import_lightning(saved):
+    code = (
+        "import sys; from gpt_lightning.generation.generator import TextGenerator; "
+        f"text = TextGenerator.load({str(saved)!r}).generate('a', max_new_tokens=5)[0]; "
+        "assert len(text) == 6; "
+        "print([m for m in sys.modules if m.split('.')[0] in "
+        "('lightning', 'pytorch_lightning', 'lightning_fabric', 'torchmetrics', 'jsonargparse')])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert found.stderr == "" and found.stdout.strip() == "[]"

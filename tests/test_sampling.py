@@ -1,0 +1,228 @@
+"""Sampling against softmax in double precision, brute force and drawn frequencies."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_lightning.errors import UserError
+from gpt_lightning.generation.sampling import Sampling
+
+quick = settings(max_examples=100, deadline=None)
+
+# logits of a few tokens: distinct values, ties, and values far apart
+some_logits = st.lists(
+    st.one_of(st.floats(-8, 8, width=32), st.sampled_from([-30.0, 0.0, 1.0, 2.0])),
+    min_size=1,
+    max_size=12,
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def softmax(logits, temperature=1.0):
+    """Probabilities in double precision."""
+    scaled = [x / temperature for x in logits]
+    weights = [math.exp(x - max(scaled)) for x in scaled]
+    return [w / sum(weights) for w in weights]
+
+
+def probabilities(logits, **kwargs):
+    return Sampling(**kwargs).probabilities(torch.tensor([logits]))[0].tolist()
+
+
+def kept(probs):
+    return {i for i, p in enumerate(probs) if p > 0}
+
+
+def renormalised(probs, keep):
+    total = sum(probs[i] for i in keep)
+    return [p / total if i in keep else 0.0 for i, p in enumerate(probs)]
+
+
+def chi_square(counts, probs) -> float:
+    """Distance of counts from probabilities, as a standard normal (Wilson and Hilferty)."""
+    n, free = sum(counts), len(counts) - 1
+    statistic = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, probs, strict=True))
+    return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
+
+
+@quick
+@given(logits=some_logits, seed=st.integers(0, 2**63 - 1))
+def test_temperature_0_takes_the_most_likely_for_every_seed(logits, seed):
+    expected = max(range(len(logits)), key=lambda i: (logits[i], -i))  # the lowest id of a tie
+    logits = torch.tensor([logits])
+    assert Sampling(temperature=0).sample(logits, seeded(seed)).tolist() == [expected]
+    probs = Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1).probabilities(logits)
+    assert probs[0].tolist() == [float(i == expected) for i in range(len(probs[0]))]
+
+
+@quick
+@given(
+    logits=some_logits,
+    temperature=st.floats(0.05, 20),
+    top_k=st.none() | st.integers(1, 15),
+    top_p=st.none() | st.floats(0.01, 1),
+    min_p=st.none() | st.floats(0.01, 1),
+)
+def test_probabilities_sum_to_1(logits, temperature, top_k, top_p, min_p):
+    probs = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert sum(probs) == pytest.approx(1, abs=1e-5)
+    assert all(0 <= p <= 1 for p in probs)
+    assert len(probs) == len(logits)
+
+
+@quick
+@given(logits=some_logits, temperature=st.floats(0.05, 20))
+def test_temperature_divides_the_logits(logits, temperature):
+    expected = softmax(logits, temperature)
+    assert probabilities(logits, temperature=temperature) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-42, 1e-60, 5e-324])
+def test_a_tiny_temperature_tends_to_the_most_likely(temperature):
+    logits = [10.0, 30.0, 30.0, -1e30, 29.9]
+    found = probabilities(logits, temperature=temperature)
+    assert found == pytest.approx([0, 0.5, 0.5, 0, 0], abs=1e-30)
+    sampled = Sampling(temperature=temperature).sample(torch.tensor([[1.0, 3.0]]), seeded())
+    assert sampled.tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e38, 1e60, 1.7e308])
+def test_a_huge_temperature_tends_to_a_uniform_choice(temperature):
+    found = probabilities([1.0, 3.0, -5.0, 0.0], temperature=temperature)
+    assert found == pytest.approx([0.25] * 4, abs=1e-4)
+
+
+def test_huge_logits_do_not_overflow():
+    assert probabilities([1e38, -1e38, 1e38]) == [0.5, 0, 0.5]
+    assert probabilities([0.0, -math.inf], temperature=0.1) == [1, 0]
+    half = Sampling().probabilities(torch.tensor([[6e4, -6e4]], dtype=torch.float16))
+    assert half.tolist() == [[1, 0]]
+
+
+@quick
+@given(logits=some_logits, top_k=st.integers(1, 15))
+def test_top_k_keeps_exactly_k_also_with_ties(logits, top_k):
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))  # lower ids first among ties
+    keep = set(order[:top_k])
+    expected = renormalised(softmax(logits), keep)
+    found = probabilities(logits, top_k=top_k)
+    assert kept(found) == keep
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_top_k_among_ties_keeps_the_lower_ids():
+    assert probabilities([1.0, 1.0, 1.0, 1.0], top_k=2) == [0.5, 0.5, 0, 0]
+    assert probabilities([0.0, 5.0, 0.0, 0.0], top_k=2)[2:] == [0, 0]
+    assert kept(probabilities([0.0, 1.0] * 5000, top_k=300)) == set(range(1, 600, 2))
+
+
+@quick
+@given(
+    logits=st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=7), top_p=st.floats(0.01, 1)
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, top_p):
+    probs, found = softmax(logits), probabilities(logits, top_p=top_p)
+    keep = kept(found)
+    mass = sum(probs[i] for i in keep)
+    tiny = 1e-5  # single precision
+    assert mass >= top_p - tiny
+    for size in range(len(keep)):  # every smaller set falls short
+        for other in itertools.combinations(probs, size):
+            assert sum(other) < top_p + tiny
+    for other in itertools.combinations(probs, len(keep)):  # and no set of this size has more
+        assert sum(other) <= mass + tiny
+    assert found == pytest.approx(renormalised(probs, keep), abs=1e-5)
+
+
+def test_top_p_by_hand():
+    logits = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
+    for top_p, keep in [(0.01, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3})]:
+        assert kept(probabilities(logits, top_p=top_p)) == keep
+    assert kept(probabilities(logits, top_p=0.71)) == {1, 2, 3}
+    assert kept(probabilities(logits, top_p=1.0)) == {0, 1, 2, 3}
+    assert kept(probabilities([0.0] * 4, top_p=0.6)) == {0, 1, 2}
+
+
+@quick
+@given(logits=some_logits, min_p=st.floats(0.01, 1))
+def test_min_p_keeps_that_fraction_of_the_most_likely(logits, min_p):
+    probs, found = softmax(logits), probabilities(logits, min_p=min_p)
+    keep = kept(found)
+    for i, p in enumerate(probs):
+        if abs(p - min_p * max(probs)) > 1e-6 * max(probs):  # rounding decides at the edge
+            assert (i in keep) == (p > min_p * max(probs))
+    assert found == pytest.approx(renormalised(probs, keep), abs=1e-5)
+
+
+def test_each_filter_applies_to_what_the_previous_one_keeps():
+    probs = [0.4, 0.3, 0.2, 0.1]
+    logits = [math.log(p) for p in probs]
+    # of three tokens the first has 4/9, so top_p = 0.44 needs one; of all four it would need two
+    assert kept(probabilities(logits, top_k=3, top_p=0.44)) == {0}
+    assert kept(probabilities(logits, top_p=0.44)) == {0, 1}
+    # the temperature comes first: squared, the first has 16/30
+    assert kept(probabilities(logits, temperature=0.5, top_p=0.5)) == {0}
+    assert kept(probabilities(logits, top_p=0.5)) == {0, 1}
+    assert kept(probabilities(logits, temperature=0.5, min_p=0.5)) == {0, 1}
+    assert kept(probabilities(logits, min_p=0.5)) == {0, 1, 2}
+    assert kept(probabilities(logits, top_k=3, top_p=0.95, min_p=0.6)) == {0, 1}
+
+
+def test_samples_of_a_batch_are_filtered_independently():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    sampling = Sampling(temperature=0.7, top_k=2, top_p=0.9, min_p=0.05)
+    alone = [sampling.probabilities(row[None])[0] for row in logits]
+    assert torch.equal(sampling.probabilities(logits), torch.stack(alone))
+    assert torch.equal(logits[0], torch.tensor([0.0, 1.0, 2.0]))  # not changed in place
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits, generator = [0.3, -1.0, 1.2, 0.0, -0.4], seeded(1)
+    for settings_ in (dict(), dict(temperature=0.6), dict(temperature=2.0, top_k=3)):
+        probs = softmax(logits, settings_.get("temperature", 1.0))
+        if "top_k" in settings_:
+            probs = renormalised(probs, {0, 2, 3})
+        batch = torch.tensor([logits]).repeat(20000, 1)
+        drawn = Sampling(**settings_).sample(batch, generator).bincount(minlength=5).tolist()
+        assert all(c == 0 for c, p in zip(drawn, probs, strict=True) if p == 0)
+        counts = [c for c, p in zip(drawn, probs, strict=True) if p > 0]
+        assert chi_square(counts, [p for p in probs if p > 0]) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_k", -3),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", 0.0),
+        ("min_p", -0.2),
+        ("min_p", 1.5),
+    ],
+)
+def test_settings_out_of_range_raise(name, value):
+    with pytest.raises(UserError, match=f"^{name}={value} must be ") as error:
+        Sampling(**{name: value})
+    assert error.value.field == name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_raise(value, temperature):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, value, 1.0]])
+    with pytest.raises(UserError, match="logits are not finite"):
+        Sampling(temperature=temperature).sample(logits, seeded())
+    with pytest.raises(UserError, match="logits are not finite"):
+        Sampling(temperature=temperature).sample(torch.full((1, 3), -math.inf), seeded())
