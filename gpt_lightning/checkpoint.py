@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|
 OTHER_GLOBALS = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # opcodes torch.save never writes
 TYPES: dict[tuple[str, ...], type | tuple[type, ...]] = {
     ("state_dict",): dict,
+    ("global_step",): int,
     (KEY, "model"): dict,
     (KEY, "tokenizer"): dict,
     (KEY, "corpus", "name"): str,
@@ -45,7 +46,6 @@ TYPES: dict[tuple[str, ...], type | tuple[type, ...]] = {
 }
 TRAINER_TYPES = {  # what a Trainer adds; generation needs none of it
     "epoch": int,
-    "global_step": int,
     "loops": dict,
     "callbacks": dict,
     "optimizer_states": list,
@@ -73,8 +73,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise _unusable(path, "no such file")
     try:
-        size = path.stat().st_size
-        pickled, archive = _verify_archive(path, size)
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            pickled, archive = _verify_archive(file, size)
         _check_pickle(pickled)
         checkpoint = torch.load(archive, map_location="cpu", weights_only=True)
         _check_plain(checkpoint, size)
@@ -99,13 +100,13 @@ class _NotPlain(Exception):
     """A pickle has more in it than plain values and tensors."""
 
 
-def _verify_archive(path: Path, size: int) -> tuple[bytes, io.BytesIO]:
+def _verify_archive(file: BinaryIO, size: int) -> tuple[bytes, io.BytesIO]:
     """The pickle, and all entries rewritten in memory: what was checked is what torch reads.
 
     torch's own reader checks no checksums, and it may see other entries than Python's.
     """
     copy, pickled = io.BytesIO(), None
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as verified:
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as verified:
         entries = archive.infolist()
         folder = entries[0].filename.partition("/")[0] if entries else ""
         stored = all(
@@ -136,8 +137,8 @@ def _check_pickle(data: bytes) -> None:
     if len(data) > MAX_PICKLE:
         raise _NotPlain(f"data.pkl has more than {MAX_PICKLE:,} bytes")
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(argument):
-            raise _NotPlain(f"it names {argument[:60]!r}")
+        if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(str(argument)):
+            raise _NotPlain(f"it names {str(argument)[:60]!r}")
         if opcode.name in OTHER_GLOBALS:
             raise _NotPlain(f"it has the opcode {opcode.name}")
 
@@ -160,7 +161,7 @@ def _check_plain(checkpoint: Any, size: int) -> None:
                 seen.add(id(value))
                 todo += [*value, *value.values()] if isinstance(value, dict) else value
                 if type(value) is OrderedDict:
-                    vars(value).clear()  # versions of modules, or anything else
+                    vars(value).clear()  # attributes: a state_dict's _metadata, or anything else
         elif type(value) not in (int, float, str, bool, type(None)):
             raise _NotPlain(f"it has a value of type {type(value).__name__}")
 
@@ -286,17 +287,16 @@ def read_newest_intact(which: str | Path, root: str | Path = ".") -> tuple[Path,
         intact = []
         for other in path.parent.glob("*.ckpt"):
             with contextlib.suppress(UserError):
-                checkpoint = read_checkpoint(other)
-                intact.append((checkpoint.get("global_step", 0), other, checkpoint))
+                intact.append((read_checkpoint(other)["global_step"], other))
         if not intact:
             raise
-        step, other, checkpoint = max(intact, key=lambda found: found[0])
+        step, other = max(intact)
         if Path(os.path.expanduser(which)) == path:
             raise DamagedCheckpoint(
                 f"{damaged}; {other} is intact (step {step:,})", field="ckpt_path"
             ) from damaged
         print(f"{damaged}; using {other} (step {step:,})", file=sys.stderr)
-        return other, checkpoint
+        return other, read_checkpoint(other)
 
 
 def newest_run(root: str | Path = ".") -> Path | None:

@@ -11,6 +11,7 @@ import logging
 import time
 import warnings
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -216,7 +217,7 @@ def build_trainer(
     Raises:
         UserError: for settings that the Trainer rejects.
     """
-    namespace = parser.parse_object({"trainer": settings}, defaults=False)
+    namespace = parser.parse_object({"trainer": deepcopy(settings)}, defaults=False)
     # errors of a user's own class keep their traceback, so its objects are built out here
     values = vars(parser.instantiate(namespace).trainer)
     if callbacks is not None:

@@ -95,10 +95,12 @@ def parse(parser: ArgumentParser, argv: list[str], below: Settings | None = None
     if below is not None:
         expanded.insert(0, "--config=" + yaml.safe_dump(below, allow_unicode=True))
     try:
-        given = parser.parse_args(expanded, defaults=False).as_dict()
+        namespace = parser.parse_args(expanded, defaults=False)
     except ArgumentError as error:
         message = unknown_name(argv, parser) or str(error)
         raise UserError(message) from error
+    text = parser.dump(namespace, skip_unset=False, skip_validation=True)
+    given = yaml.safe_load(text) or {}  # plain types only
     given.pop("config", None)
     settings = {**given, **{section: given.get(section) or {} for section in SECTIONS}}
     for section in SECTIONS:

@@ -153,7 +153,9 @@ def test_help_names_every_flag_that_people_type(capsys):
     flags = [f"--data.{name}" for name in data] + [f"--model.{name}" for name in model]
     for flag in [*flags, "--checkpoint.every_n_train_steps", "--sample.prompt", "--ckpt_path"]:
         assert flag in text, flag
-    assert "attention heads in each block" in " ".join(text.split())  # fields are described, though written once
+    assert "attention heads in each block" in " ".join(
+        text.split()
+    )  # fields are described, though written once
     assert run("--help") == 0
     assert "generate" in capsys.readouterr().out
 
@@ -186,9 +188,7 @@ SHAPE = ("--data.block_size=8", "--data.batch_size=4", "--model.n_layer=1", "--m
         (400_000, [], 1000),
     ],
 )
-def test_default_length_is_three_epochs_of_a_short_text(
-    chars, flags, steps, tmp_path, monkeypatch
-):
+def test_default_length_is_three_epochs_of_a_short_text(chars, flags, steps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(("to be or not to be\n" * (chars // 19 + 1))[:chars])
     ends = []

@@ -136,6 +136,21 @@ def test_resuming_with_another_optimizer_is_refused(parser):
 
 def test_settings_survive_yaml(parser):
     flags = ["--trainer.max_time=00:00:10:00", "--trainer.logger=CSVLogger",
-             "--trainer.logger.save_dir=a.b/c", "--data.corpus=no", "--sample.prompt=3"]  # fmt: skip
+             "--trainer.logger.save_dir=a.b", "--data.corpus=no", "--sample.prompt=3"]  # fmt: skip
     found = parse(parser, flags)
     assert parse(parser, [], below=yaml.safe_load(yaml.safe_dump(found))) == found
+
+
+def test_settings_are_plain_types_throughout(parser):
+    def types(value):
+        parts = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
+        return {type(value)}.union(*map(types, parts))
+
+    flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename={step}",
+             "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x",
+             "--trainer.gradient_clip_val=null", "--trainer.limit_val_batches=0.5"]  # fmt: skip
+    found = parse(parser, flags)
+    assert types(found) <= {dict, list, str, int, float, type(None)}
+    assert found["trainer"]["gradient_clip_val"] is None

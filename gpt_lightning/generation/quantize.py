@@ -28,6 +28,11 @@ class Int8Linear(nn.Module):
         linear: the layer to round, of any float type.
     """
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+    wide: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()

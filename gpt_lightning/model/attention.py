@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-STEP = 64  # tokens by which the cache grows
+STEP = 32  # tokens by which the cache grows
 FEW = 8  # samples; for so many at most, the cache on a CPU is in fp32
 
 

@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
-            raise UserError(f"{path} could not be written ({reason.strerror})") from error
+            raise UserError(f"{path} could not be written ({reason.strerror or reason})") from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return read_checkpoint(path)
@@ -147,7 +147,9 @@ class BestAndLast(Checkpoint):
             self.lock = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.saved_step = trainer.global_step
+        if trainer.fast_dev_run:
+            return
+        self.saved_step, self.signum = trainer.global_step, None
         if trainer.ckpt_path is not None:
             self.newest = Path(trainer.ckpt_path), trainer.global_step
             if trainer.is_global_zero:
