@@ -85,7 +85,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"ckpt_path={path}: damaged, or not a checkpoint of plain tensors ({reason}); "
             "no code in it was run",
-            field="ckpt_path",
         ) from error
     if wrong := _wrong_entry(checkpoint):
         raise _unusable(path, f"not a checkpoint of this version of gpt_lightning ({wrong})")
@@ -93,7 +92,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _unusable(path: str | Path, problem: str) -> UserError:
-    return UserError(f"ckpt_path={path}: {problem}", field="ckpt_path")
+    return UserError(f"ckpt_path={path}: {problem}")
 
 
 class _NotPlain(Exception):
@@ -101,7 +100,7 @@ class _NotPlain(Exception):
 
 
 def _verify_archive(file: BinaryIO, size: int) -> tuple[bytes, io.BytesIO]:
-    """The pickle, and all entries rewritten in memory: what was checked is what torch reads.
+    """data.pkl, and a copy of the archive in memory, which torch reads in place of the file.
 
     torch's own reader checks no checksums, and it may see other entries than Python's.
     """
@@ -292,9 +291,7 @@ def read_newest_intact(which: str | Path, root: str | Path = ".") -> tuple[Path,
             raise
         step, other = max(intact)
         if Path(os.path.expanduser(which)) == path:
-            raise DamagedCheckpoint(
-                f"{damaged}; {other} is intact (step {step:,})", field="ckpt_path"
-            ) from damaged
+            raise DamagedCheckpoint(f"{damaged}; {other} is intact (step {step:,})") from damaged
         print(f"{damaged}; using {other} (step {step:,})", file=sys.stderr)
         return other, read_checkpoint(other)
 
@@ -358,7 +355,7 @@ def describe(
 
 # settings of a model that change neither the shapes nor the meaning of its weights; a vocabulary
 # is compared as a whole
-FREE = ("vocab_size", "dropout", "init_std", "fused")
+MAY_DIFFER = ("vocab_size", "dropout", "init_std", "fused")
 
 
 def check_compatible(
@@ -372,35 +369,32 @@ def check_compatible(
         path: the checkpoint's file, for messages.
         same_corpus: whether text and split have to be the same too: to train, not to validate.
     """
-    theirs, mine = entry["model"], ours["model"]
+    # a checkpoint from before a field existed was trained with its default
+    theirs, mine = config_to_dict(config_from_dict(entry["model"])), ours["model"]
     # another model has other settings altogether, so its name comes first
     for name in sorted(theirs.keys() | mine.keys(), key=lambda name: (name != "name", name)):
-        if name not in FREE and theirs.get(name) != mine.get(name):
+        if name not in MAY_DIFFER and theirs.get(name) != mine.get(name):
             raise UserError(
                 f"{name}={mine.get(name)} does not fit ckpt_path={path}, whose model has "
                 f"{name}={theirs.get(name)}; drop the setting, or train anew without ckpt_path",
-                field=name,
             )
     theirs, mine = entry["corpus"], ours["corpus"]
     if same_corpus and theirs["sha256"] != mine["sha256"]:
         raise UserError(
             f"corpus={mine['name']} is not the text that ckpt_path={path} was trained on "
             f"({theirs['name']}), or that text has changed; train anew without ckpt_path",
-            field="corpus",
         )
     for name in ("split", "val_fraction"):
         if same_corpus and theirs[name] != mine[name]:
             raise UserError(
                 f"{name}={mine[name]} would train on text that ckpt_path={path} held out with "
                 f"{name}={theirs[name]}; drop the setting, or train anew without ckpt_path",
-                field=name,
             )
     if entry["tokenizer"] != ours["tokenizer"]:
         raise UserError(
             f"ckpt_path={path} has another vocabulary ({entry['tokenizer'].get('kind')}, "
             f"{entry['model'].get('vocab_size')} tokens) than this text "
             f"({ours['tokenizer']['kind']}, {ours['model']['vocab_size']} tokens)",
-            field="ckpt_path",
         )
 
 

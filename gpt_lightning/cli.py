@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpt_lightning import __version__
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.errors import UserError, did_you_mean, with_flags
 
 COMMANDS = {
     "fit": "train a model, or resume a run (--ckpt_path=last)",
@@ -146,7 +146,7 @@ def generate_parser() -> Parser:
         default="error",
         help="what to do with prompt characters that are not in the vocabulary (default: error)",
     )
-    add("--device", default="auto", help="cpu, cuda, mps (default: a GPU if there is one)")
+    add("--device", default="auto", help="cpu, cuda, mps (default: cuda if there is one)")
     add(
         "--precision",
         default="auto",
@@ -158,9 +158,20 @@ def generate_parser() -> Parser:
     return parser
 
 
-def generate(flags: list[str]) -> None:
+def generate(argv: list[str]) -> None:
     """`generate`: from flags to text on standard output."""
-    args = generate_parser().parse_args(flags)
+    parser = generate_parser()
+    args = parser.parse_args(argv)
+    flags = {flag.removeprefix("--"): flag for flag in parser.flags if flag.startswith("--")}
+    if args.prompt_file:
+        flags["prompt"] = f"--prompt_file={args.prompt_file}"
+    try:
+        generate_text(args)
+    except UserError as error:
+        raise UserError(with_flags(str(error), flags)) from error
+
+
+def generate_text(args: argparse.Namespace) -> None:
 
     from gpt_lightning.checkpoint import (
         DamagedCheckpoint,
@@ -173,36 +184,28 @@ def generate(flags: list[str]) -> None:
 
     if not -(2**63) <= args.seed < 2**64:
         raise UserError(f"--seed={args.seed} must fit in 64 bits")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    which = args.ckpt_path
+    if which is None:
+        which = newest_run(args.root) or "best"
+    how = pick_device(args.device), args.precision, args.unknown
     try:
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-        which = args.ckpt_path
-        if which is None:
-            which = newest_run(args.root) or "best"
-        how = pick_device(args.device), args.precision, args.unknown
-        try:
-            generator = TextGenerator.load(find_checkpoint(which, args.root), *how)
-        except DamagedCheckpoint:
-            generator = TextGenerator.load(read_newest_intact(which, args.root)[0], *how)
-        prompt = read_prompt(args.prompt, args.prompt_file)
-        settings = {
-            "max_new_tokens": args.max_new_tokens,
-            "sampling": sampling,
-            "seed": args.seed,
-            "num_samples": args.num_samples,
-            "stop": args.stop,
-        }
-        stream = sys.stdout.isatty() if args.stream is None else args.stream
-        if stream and args.num_samples == 1:
-            print_stream(prompt, generator.stream(prompt, **settings))
-        else:
-            print_texts(generator.generate(prompt, **settings))
-    except UserError as error:
-        if error.field is None:
-            raise
-        message = str(error)
-        if error.field == "prompt" and args.prompt_file:
-            message = message.replace("prompt", f"prompt_file={args.prompt_file}", 1)
-        raise UserError(f"--{message}") from error
+        generator = TextGenerator.load(find_checkpoint(which, args.root), *how)
+    except DamagedCheckpoint:
+        generator = TextGenerator.load(read_newest_intact(which, args.root)[0], *how)
+    prompt = read_prompt(args.prompt, args.prompt_file)
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": sampling,
+        "seed": args.seed,
+        "num_samples": args.num_samples,
+        "stop": args.stop,
+    }
+    stream = sys.stdout.isatty() if args.stream is None else args.stream
+    if stream and args.num_samples == 1:
+        print_stream(prompt, generator.stream(prompt, **settings))
+    else:
+        print_texts(generator.generate(prompt, **settings))
 
 
 def print_stream(prompt: str, pieces) -> None:

@@ -35,7 +35,6 @@ def find_config(name: str, base_of: Path | None = None) -> Path:
     setting = f"config={base_of}: base: {name}" if base_of else f"config={name}"
     raise UserError(
         f"{setting}: no such file and no shipped config of that name{did_you_mean(name, shipped)}",
-        field="config",
     )
 
 
@@ -57,7 +56,7 @@ def load_config(path: Path) -> dict[str, Any]:
         if base is None:
             return settings
         current = find_config(str(base), base_of=current)
-    raise UserError(f"config={path}: base: {current} leads back to itself", field="config")
+    raise UserError(f"config={path}: base: {current} leads back to itself")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -66,9 +65,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"config={path} cannot be read: {reason}", field="config") from error
+        raise UserError(f"config={path} cannot be read: {reason}") from error
     if not isinstance(settings, dict | None):
-        raise UserError(f"config={path} must contain sections such as `model:`", field="config")
+        raise UserError(f"config={path} must contain sections such as `model:`")
     return settings or {}
 
 

@@ -1,21 +1,28 @@
 """The one exception that the command line turns into a message: a user's mistake."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake of the user's, which the command line reports in one line, with exit code 2.
 
-    Args:
-        message: what is wrong and what to do. For a setting it begins with `name=value`.
-        field: the setting's name, if the message begins with one. The command line puts the
-            section of the flag in front (`--model.n_embd=...`); Python users see the plain name.
+    Its message writes settings as `name=value`: `n_embd=130 must be a multiple of n_head=4`. The
+    command line shows them as flags, `--model.n_embd=130`; see `with_flags`.
     """
 
-    def __init__(self, message: str, field: str | None = None):
-        super().__init__(message)
-        self.field = field
+
+def with_flags(message: str, flags: dict[str, str]) -> str:
+    """A message with the flag in place of each setting that it writes as `name=value`.
+
+    Args:
+        message: of a UserError. It may also begin with a name and a colon.
+        flags: the flag of each name, such as `{"n_embd": "--model.n_embd"}`.
+    """
+    names = "|".join(map(re.escape, flags))
+    pattern = rf"(?<![\w./'\"-])(?:{names})(?==)|^(?:{names})(?=: )"
+    return re.sub(pattern, lambda found: flags[found[0]], message)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

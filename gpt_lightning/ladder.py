@@ -216,7 +216,8 @@ def add_results(row: Row, folder: Path) -> None:
     series = {tag: [e.value for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     row.losses.append(series["loss/val"][-1])
     row.estimates += series.get("estimate/val", [])[-1:]
-    row.speeds.append(statistics.median(series["speed/chars_per_second"]))
+    if speeds := series.get("speed/chars_per_second"):  # nothing is logged in a run of a few steps
+        row.speeds.append(statistics.median(speeds))
     row.floor = series.get("loss/floor", [None])[-1]
     if not row.sample:
         generator = TextGenerator.load(last_checkpoint(folder), precision="fp32")

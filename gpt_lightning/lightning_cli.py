@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -35,15 +36,15 @@ from gpt_lightning.checkpoint import (
     run_folder,
 )
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, with_flags
 from gpt_lightning.model import CONFIGS, ModelConfig, config_from_dict
 from gpt_lightning.settings import (
     FROM_DATA,
     Settings,
     build_parser,
-    check_length,
+    check_trainer_settings,
     choose_length,
-    flags_of,
+    flag_names,
     parse,
     restore,
 )
@@ -72,8 +73,15 @@ def run_trainer(argv: list[str], description: str = "", folder: Path | None = No
         folder: of a new run; the next free `lightning_logs/version_N` by default.
     """
     silence_lightning()
-    command, parser = argv[0], build_parser(argv[0], description)
-    settings = parse(parser, argv[1:])
+    parser = build_parser(argv[0], description)
+    try:
+        return run_command(parser, argv, folder)
+    except UserError as error:
+        raise UserError(with_flags(str(error), flag_names(parser))) from error
+
+
+def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) -> int:
+    command, settings = argv[0], parse(parser, argv[1:])
     if settings.pop("print_config", False):
         print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
         return 0
@@ -112,8 +120,7 @@ def find_start(command: str, settings: Settings) -> tuple[Path | None, dict | No
     if which is None and command == "fit":
         return None, None
     root = settings["trainer"].get("default_root_dir") or "."
-    with flags_of():
-        return read_newest_intact("best" if which is None else which, root)
+    return read_newest_intact("best" if which is None else which, root)
 
 
 @dataclass
@@ -139,26 +146,19 @@ def build(
 ) -> Run:
     """Build data, module and Trainer, and complete the settings by the automatic choices."""
     seed = settings.setdefault("seed_everything", 1337)
-    with flags_of("data"):
-        data = TextDataModule(**settings["data"], seed=seed)
-        data.prepare_data()
-        data.setup("fit" if command == "fit" else "validate")
-    with flags_of("model"):
-        module = build_module(settings["model"], data, seed)
+    data = TextDataModule(**settings["data"], seed=seed)
+    data.prepare_data()
+    data.setup("fit" if command == "fit" else "validate")
+    module = build_module(settings["model"], data, seed)
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
     settings["model"] = flat_settings(module)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint["global_step"]
-        try:
-            ours = module.describe(data)
-            check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
-        except UserError as error:
-            sections = (name for name in ("data", "model") if error.field in settings[name])
-            with flags_of(next(sections, "")):
-                raise
+        ours = module.describe(data)
+        check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
     if command == "fit":
-        check_length(settings["trainer"], first_step)
+        check_trainer_settings(settings["trainer"], first_step)
     options = {**TRAINER_DEFAULTS, **settings["trainer"]}
     settings["trainer"] = options
     reason, logger = "", None
@@ -226,7 +226,11 @@ def build_trainer(
         if any(isinstance(callback, ProgressBar) for callback in given):
             callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
         values["callbacks"] = [*callbacks, *given]
-        values["plugins"] = values.get("plugins") or [AtomicCheckpointIO()]
+        plugins = values.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        values["plugins"] = plugins
         if values.get("logger") in (None, True):
             values["logger"] = logger or False
     try:
@@ -245,11 +249,9 @@ def own_callbacks(command: str, settings: Settings, precision_reason: str) -> li
     if command != "fit":
         return callbacks
     callbacks.append(Introduction(settings, precision_reason))
-    with flags_of("sample"):
-        callbacks.append(GenerateText(**settings["sample"]))
+    callbacks.append(GenerateText(**settings["sample"]))
     if trainer.get("enable_checkpointing", True) and not trainer.get("barebones"):
-        with flags_of("checkpoint"):
-            callbacks.append(BestAndLast(**settings["checkpoint"]))
+        callbacks.append(BestAndLast(**settings["checkpoint"]))
     return callbacks
 
 
@@ -294,8 +296,7 @@ def make_folder(folder: Path) -> None:
 def fit(run: Run) -> None:
     trainer, module, data = run.trainer, run.module, run.data
     keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
-    with flags_of("sample"):
-        check_prompt(run)
+    check_prompt(run)
     began = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=run.path)
@@ -306,10 +307,10 @@ def fit(run: Run) -> None:
     except BaseException as error:
         advice = resume_advice(keeper)
         if isinstance(error, UserError):
-            raise UserError(f"{error}{advice}", error.field) from error
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            reduce = "reduce --data.batch_size, --data.block_size or the model"
-            raise UserError(f"out of memory: {reduce} ({error}){advice}") from error
+            raise UserError(f"{error}{advice}") from error
+        if is_out_of_memory(error):
+            less = "a smaller --data.batch_size, --data.block_size or model takes less"
+            raise UserError(f"out of memory: {less} ({error}){advice}") from error
         if advice and rank_zero_only.rank == 0:
             print(advice.removeprefix(". "), flush=True)
         raise
@@ -322,6 +323,14 @@ def fit(run: Run) -> None:
     if trainer.is_global_zero:
         seconds = time.perf_counter() - began
         print(closing_table(trainer, module, data, seconds, run.first_step), flush=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left. Not all of torch's backends have a class for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def resume_advice(keeper: BestAndLast | None) -> str:
@@ -337,7 +346,7 @@ def check_prompt(run: Run) -> None:
     try:
         run.data.tokenizer.encode(prompt)
     except UserError as error:
-        raise UserError(f"prompt: {error}", field="prompt") from error
+        raise UserError(f"prompt: {error}") from error
 
 
 def validate(run: Run) -> None:

@@ -1,11 +1,9 @@
 """The settings of a command: flags over configs over those of the checkpoint it starts from.
 
-Only what was given is in them: a default is never mistaken for a choice. What is not given and
-depends on text and hardware is chosen once the data are known.
+`parse` returns only what the user gave, without defaults, so that a default is never mistaken for a
+choice. `choose_length` adds what depends on the text, once that is known.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal, get_type_hints
 
@@ -90,8 +88,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 
 def parse(parser: ArgumentParser, argv: list[str], below: Settings | None = None) -> Settings:
     """The settings that are given: flags over configs over `below`. No defaults."""
-    with flags_of():
-        expanded = expand_configs(argv)
+    expanded = expand_configs(argv)
     if below is not None:
         expanded.insert(0, "--config=" + yaml.safe_dump(below, allow_unicode=True))
     try:
@@ -136,15 +133,10 @@ def unknown_name(argv: list[str], parser: ArgumentParser) -> str | None:
     return None
 
 
-@contextmanager
-def flags_of(section: str = "") -> Iterator[None]:
-    """Turn a message about a setting of this section into one about its flag."""
-    try:
-        yield
-    except UserError as error:
-        if error.field is None:
-            raise
-        raise UserError(f"--{section and section + '.'}{error}") from error
+def flag_names(parser: ArgumentParser) -> dict[str, str]:
+    """The flag of each setting: `{"n_embd": "--model.n_embd", ...}`; see `with_flags`."""
+    paths = sorted(parser.get_defaults().keys(), key=lambda path: not path.startswith("trainer."))
+    return {path.split(".")[-1]: f"--{path}" for path in paths}
 
 
 def restore(
@@ -153,7 +145,11 @@ def restore(
     """The settings that the checkpoint was trained with, overridden by those that are given."""
     command, entry = argv[0], checkpoint[KEY]
     given = set(settings["trainer"])
+    if any(arg.startswith("--trainer.callbacks+") for arg in argv):
+        given -= {"callbacks"}  # they are added to the checkpoint's
     stored = trusted_settings(entry.get("settings") or settings_of(entry), given)
+    if "max_epochs" in given and "max_steps" not in given:
+        stored["trainer"].pop("max_steps", None)  # the run is to be as long as the user says
     if command != "fit":  # any text may be given, in the checkpoint's vocabulary
         stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
     restored = parse(parser, argv[1:], below=stored)
@@ -180,7 +176,7 @@ def settings_of(entry: dict) -> Settings:
     return {"data": data, "model": model, "trainer": {}, "sample": {}, "checkpoint": {}}
 
 
-def check_length(trainer: dict[str, Any], first_step: int) -> None:
+def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
     """Raise a UserError for settings that Lightning accepts but that train nothing."""
     for name in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
         check_positive(trainer, name, endless=name in ("max_steps", "max_epochs"))
@@ -196,6 +192,14 @@ def check_length(trainer: dict[str, Any], first_step: int) -> None:
         raise UserError(
             f"--trainer.overfit_batches={number} would replace the order of the windows; use "
             f"--data.overfit_batches={number}"
+        )
+    batches, accumulate = (
+        trainer.get(name) for name in ("limit_train_batches", "accumulate_grad_batches")
+    )
+    if isinstance(batches, int) and batches % (accumulate or 1):
+        raise UserError(
+            f"--trainer.limit_train_batches={batches} must be a multiple of "
+            f"--trainer.accumulate_grad_batches={accumulate}"
         )
     if trainer.get("strategy") in NOTEBOOK_STRATEGIES:
         raise UserError(

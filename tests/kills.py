@@ -365,6 +365,8 @@ def main() -> int:
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--out", type=Path, help="JSON of every kill")
     args = parser.parse_args()
+    for name in ("SIGINT", "SIGHUP"):  # a background job ignores them, and so would its children
+        signal.signal(signal.Signals[name], signal.default_int_handler)
     began = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="kills-"))
     os.environ |= {"GPT_LIGHTNING_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}

@@ -508,12 +508,12 @@ def test_an_invalid_setting_is_refused_at_construction(field, value):
     with pytest.raises(UserError) as error:
         TextDataModule(**dict(block_size=8) | {field: value})
     assert str(error.value).startswith(f"{field}={value!r} must be")
-    assert error.value.field == field
+    assert str(error.value).startswith(field)
 
 
 def test_an_empty_text_is_refused(make):
     error = error_of(make, "")
-    assert error.field == "corpus" and "empty" in str(error)
+    assert str(error).startswith("corpus") and "empty" in str(error)
 
 
 @pytest.mark.parametrize("split", ["tail", "blocks"])
@@ -521,7 +521,7 @@ def test_an_empty_text_is_refused(make):
 def test_a_text_too_short_for_block_size_is_refused_with_sizes_that_fit(make, split, length):
     settings = dict(split=split, block_size=128, batch_size=16)
     error = error_of(make, TEXT[:length], **settings)
-    assert error.field == "block_size" and f"text of {length} tokens" in str(error)
+    assert str(error).startswith("block_size") and f"text of {length} tokens" in str(error)
     advice = str(error).split(": ")[-1].removesuffix(" fit").split(" and ")
     sizes = {name: int(value) for name, value in (size.split("=") for size in advice)}
     assert sizes["block_size"] > 1
@@ -533,7 +533,9 @@ def test_a_text_too_short_for_block_size_is_refused_with_sizes_that_fit(make, sp
 def test_a_batch_larger_than_the_text_is_refused_with_a_size_that_fits(make):
     make(batch_size=111)
     error = error_of(make, batch_size=112)
-    assert error.field == "batch_size" and str(error).startswith("batch_size=112 is too large")
+    assert str(error).startswith("batch_size") and str(error).startswith(
+        "batch_size=112 is too large"
+    )
     assert str(error).endswith("block_size=8 and batch_size=111 fit")
     error = error_of(make, batch_size=60, world=2)
     assert "batch_size=60 in each of 2 processes" in str(error)

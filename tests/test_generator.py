@@ -238,7 +238,7 @@ def saved(tmp_path):
     corpus = {"name": "a text", "sha256": "0" * 64, "split": "tail", "val_fraction": 0.1}
     weights = {f"net.{name}": weight for name, weight in model.state_dict().items()}
     entry = describe(model.config, LETTERS.state(), corpus, None)
-    torch.save({"state_dict": weights, KEY: entry}, tmp_path / "best.ckpt")
+    torch.save({"state_dict": weights, "global_step": 0, KEY: entry}, tmp_path / "best.ckpt")
     return tmp_path / "best.ckpt"
 
 
@@ -309,10 +309,10 @@ def test_a_prompt_of_several_bytes_is_continued():
 def test_an_unknown_character_raises_and_is_named(letters):
     with pytest.raises(UserError, match="^prompt: .*☃.*SNOWMAN") as error:
         letters.generate("cab\N{SNOWMAN}")
-    assert error.value.field == "prompt"
+    assert str(error.value).startswith("prompt")
     with pytest.raises(UserError, match="^stop: .*'z'") as error:
         letters.generate("cab", stop=["a", "z"])
-    assert error.value.field == "stop"
+    assert str(error.value).startswith("stop")
 
 
 def test_unknown_characters_are_dropped_or_replaced_on_request(saved):
@@ -345,9 +345,8 @@ def test_an_empty_prompt_works_without_a_newline_in_the_vocabulary(unknown):
     ids=str,
 )
 def test_settings_out_of_range_raise(letters, settings, message):
-    with pytest.raises(UserError, match=f"^{message}$") as error:
+    with pytest.raises(UserError, match=f"^{message}$"):
         letters.generate("a", **settings)
-    assert error.value.field in settings
 
 
 def test_a_diverged_model_raises(letters):

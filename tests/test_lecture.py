@@ -603,7 +603,7 @@ def test_config_rejects_values_out_of_range(name, value):
         good = GOOD if config is LectureConfig else {}
         with pytest.raises(UserError, match=f"^{name}={value} must be ") as error:
             config(**{**good, name: value})
-        assert error.value.field == name
+        assert str(error.value).startswith(name)
 
 
 def test_a_wide_feed_forward_requires_its_projection():

@@ -98,7 +98,7 @@ def test_settings_that_do_not_fit_raise(settings, message):
     with pytest.raises(UserError) as error:
         config_from_dict(settings)
     assert str(error.value).startswith(message)
-    assert error.value.field == message.split("=")[0]
+    assert str(error.value).startswith(message.split("=")[0])
 
 
 def test_an_int_is_a_valid_float():

@@ -366,6 +366,6 @@ def test_a_plain_trainers_checkpoint_loads_in_lightning_and_in_the_generator(dat
 def test_impossible_settings_name_the_field():
     with pytest.raises(UserError, match=r"^eval_iters=-5 must be") as error:
         GPTModule(eval_iters=-5)
-    assert error.value.field == "eval_iters"
+    assert str(error.value).startswith("eval_iters")
     with pytest.raises(UserError, match="use optimizer=adamw"):
         GPTModule(BigramConfig())

@@ -75,14 +75,14 @@ def names_of_groups(model, optimizer):
 def test_a_value_out_of_range_raises_an_error_that_names_the_field(field, value, message):
     with pytest.raises(UserError) as error:
         OptimizerConfig(**{field: value})
-    assert str(error.value).startswith(message) and error.value.field == field
+    assert str(error.value).startswith(message) and str(error.value).startswith(field)
 
 
 @pytest.mark.parametrize("config", [BIGRAM, LectureConfig(n_layer=0, n_head=2, n_embd=8, **SIZES)])
 def test_muon_for_a_model_without_hidden_matrices_is_a_user_error(config):
     with pytest.raises(UserError, match="optimizer=muon .* use optimizer=adamw") as error:
         build_optimizer(build_model(config), OptimizerConfig())
-    assert error.value.field == "optimizer"
+    assert str(error.value).startswith("optimizer")
 
 
 # parameter groups

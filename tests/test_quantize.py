@@ -158,7 +158,7 @@ def test_int8_is_for_a_cpu_only(monkeypatch):
 def test_an_unknown_precision_raises():
     with pytest.raises(UserError, match="^precision=fp8 is unknown; choose one of auto, fp32") as e:
         quantize(model("gpt"), "fp8")
-    assert e.value.field == "precision"
+    assert str(e.value).startswith("precision")
 
 
 def test_measuring_draws_no_random_numbers():

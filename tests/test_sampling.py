@@ -215,7 +215,7 @@ def test_tokens_are_drawn_with_their_probabilities():
 def test_settings_out_of_range_raise(name, value):
     with pytest.raises(UserError, match=f"^{name}={value} must be ") as error:
         Sampling(**{name: value})
-    assert error.value.field == name
+    assert str(error.value).startswith(name)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

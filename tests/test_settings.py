@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import yaml
 
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, with_flags
 from gpt_lightning.model import CONFIGS
-from gpt_lightning.settings import build_parser, flags_of, parse, restore, settings_of
+from gpt_lightning.settings import build_parser, flag_names, parse, restore, settings_of
 from gpt_lightning.training.optim import OptimizerConfig
 
 
@@ -102,11 +102,22 @@ def test_every_field_of_the_configs_is_a_documented_flag(parser):
                 assert "(type:" in after and len(after.split("(type:")[0]) > 20, flag
 
 
-def test_errors_about_a_setting_get_the_section_of_their_flag():
-    with pytest.raises(UserError, match=r"^--model\.n_embd=3 is odd$"), flags_of("model"):
-        raise UserError("n_embd=3 is odd", field="n_embd")
-    with pytest.raises(UserError, match=r"^the disk is full$"), flags_of("model"):
-        raise UserError("the disk is full")
+@pytest.mark.parametrize(
+    "message, shown",
+    [
+        ("n_embd=3 is odd", "--model.n_embd=3 is odd"),
+        ("block_size=9 is too large: block_size=4 and batch_size=2 fit",
+         "--data.block_size=9 is too large: --data.block_size=4 and --data.batch_size=2 fit"),
+        ("overfit_batches=-1 must be positive", "--data.overfit_batches=-1 must be positive"),
+        ("--trainer.max_steps=4, a/n_layer=3.txt", "--trainer.max_steps=4, a/n_layer=3.txt"),
+        ("prompt: the character 'x'; use unknown=drop",
+         "--sample.prompt: the character 'x'; use --data.unknown=drop"),
+        ("ckpt_path=a.ckpt: no such file", "--ckpt_path=a.ckpt: no such file"),
+        ("the disk is full", "the disk is full"),
+    ],
+)  # fmt: skip
+def test_messages_show_settings_as_flags(parser, message, shown):
+    assert with_flags(message, flag_names(parser)) == shown
 
 
 ENTRY = {
@@ -154,3 +165,23 @@ def test_settings_are_plain_types_throughout(parser):
     found = parse(parser, flags)
     assert types(found) <= {dict, list, str, int, float, type(None)}
     assert found["trainer"]["gradient_clip_val"] is None
+
+
+def test_callbacks_added_on_resume_keep_those_of_the_checkpoint(parser):
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                "init_args": {"monitor": "loss/val"}}  # fmt: skip
+    settings = {**settings_of(ENTRY), "trainer": {"callbacks": [stopping], "max_steps": 9}}
+    checkpoint = {"gpt_lightning": {**ENTRY, "settings": settings}}
+    for flag, count in (("callbacks+", 2), ("callbacks", 1)):
+        argv = ["fit", f"--trainer.{flag}=ModelCheckpoint"]
+        found = restore(parser, argv, parse(parser, argv[1:]), checkpoint)
+        assert len(found["trainer"]["callbacks"]) == count
+        assert found["trainer"]["max_steps"] == 9
+
+
+def test_a_number_of_epochs_given_on_resume_replaces_the_stored_number_of_steps(parser):
+    settings = {**settings_of(ENTRY), "trainer": {"max_steps": 9}}
+    checkpoint = {"gpt_lightning": {**ENTRY, "settings": settings}}
+    argv = ["fit", "--trainer.max_epochs=3"]
+    found = restore(parser, argv, parse(parser, argv[1:]), checkpoint)
+    assert found["trainer"] == {"max_epochs": 3}

@@ -138,7 +138,7 @@ def printable(name: object) -> str:
 
 def corpus_error(name: object, message: str) -> UserError:
     """The error whose message is `corpus=NAME` and `message`."""
-    return UserError(f"corpus={printable(name)}{message}", field="corpus")
+    return UserError(f"corpus={printable(name)}{message}")
 
 
 @contextlib.contextmanager

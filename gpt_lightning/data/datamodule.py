@@ -191,10 +191,10 @@ class TextDataModule(LightningDataModule):
         ):
             if value is not None and not least <= value <= LARGEST:
                 message = f"{field}={value} must be from {least} to {LARGEST}"
-                raise UserError(message, field=field)
+                raise UserError(message)
         if not 0 < val_fraction <= 1:
             message = f"val_fraction={val_fraction} must be above 0 and at most 1"
-            raise UserError(message, field="val_fraction")
+            raise UserError(message)
         self.token_file: TokenFile | None = None
         self._tokens: np.ndarray | None = None
 
@@ -346,5 +346,4 @@ class TextDataModule(LightningDataModule):
             f"{field}={self.hparams[field]}{processes} is too large for a text of "
             f"{len(self.tokens):,} tokens with val_fraction={self.hparams.val_fraction}: "
             f"{fitting if largest else 'it needs more text'}",
-            field=field,
         )

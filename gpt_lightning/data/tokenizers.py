@@ -25,7 +25,7 @@ def choose(field: str, value: str, choices: Sequence[str]) -> str:
         return value
     hint = did_you_mean(str(value).lower(), choices)
     message = f"{field}={value!r} must be one of {', '.join(choices)}{hint}"
-    raise UserError(message, field=field)
+    raise UserError(message)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -63,13 +63,13 @@ class CharTokenizer:
     def __init__(self, vocabulary: str, unknown: str = "error"):
         if not isinstance(vocabulary, str) or not vocabulary:
             message = f"vocabulary={vocabulary!r} must be a string of at least one character"
-            raise UserError(message, field="vocabulary")
+            raise UserError(message)
         codes = _code_points(vocabulary)
         values, counts = np.unique(codes, return_counts=True)
         if counts.max() > 1:
             twice = chr(int(values[counts.argmax()]))
             message = f"vocabulary has the character {twice!r} more than once"
-            raise UserError(message, field="vocabulary")
+            raise UserError(message)
         self.vocabulary = vocabulary
         self.unknown = choose("unknown", unknown, UNKNOWN)
         self.vocab_size = len(vocabulary)

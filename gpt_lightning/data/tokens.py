@@ -60,9 +60,7 @@ def prepare_tokens(
     choose("tokenizer", tokenizer, KINDS)
     choose("unknown", unknown, UNKNOWN)
     if vocabulary is not None and tokenizer != "char":
-        raise UserError(
-            f"vocabulary is for the char tokenizer, not for {tokenizer}", field="vocabulary"
-        )
+        raise UserError(f"vocabulary is for the char tokenizer, not for {tokenizer}")
     with file_errors(corpus.name):
         digest = corpus.sha256()
         policy = None if vocabulary is None else unknown  # else no character is unknown

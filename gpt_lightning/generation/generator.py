@@ -149,9 +149,9 @@ class TextGenerator:
         """
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
-                raise UserError(f"{name}={value} must be at least 1", field=name)
+                raise UserError(f"{name}={value} must be at least 1")
         if "" in stop:
-            raise UserError("stop='' must have at least one character", field="stop")
+            raise UserError("stop='' must have at least one character")
         ids = self._encode(prompt, "prompt") or self._line_start()
         stop_ids = [self._encode(text, "stop") for text in stop]
         steps = generate(
@@ -195,7 +195,7 @@ class TextGenerator:
         try:
             return self.tokenizer.encode(text).tolist()
         except UserError as error:
-            raise UserError(f"{field}: {error}", field=field) from error
+            raise UserError(f"{field}: {error}") from error
 
     def _line_start(self) -> list[int]:
         """What an empty prompt stands for: a line break, or the first token if there is none."""

@@ -72,10 +72,10 @@ def quantize(model: nn.Module, precision: str) -> nn.Module:
     if precision not in PRECISIONS:
         hint = did_you_mean(precision, PRECISIONS)
         message = f"precision={precision} is unknown; choose one of {', '.join(PRECISIONS)}{hint}"
-        raise UserError(message, field="precision")
+        raise UserError(message)
     if precision == "int8" and device != "cpu":
         message = f"precision=int8 is for a CPU, not for device={device}; choose bf16"
-        raise UserError(message, field="precision")
+        raise UserError(message)
     if precision == "auto":
         sizes = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)]
         if device != "cpu" or sum(sizes) < LARGE:

@@ -38,13 +38,13 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             message = f"temperature={self.temperature} must be 0 or a positive number"
-            raise UserError(message, field="temperature")
+            raise UserError(message)
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be at least 1", field="top_k")
+            raise UserError(f"top_k={self.top_k} must be at least 1")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise UserError(f"{name}={value} must be above 0 and at most 1", field=name)
+                raise UserError(f"{name}={value} must be above 0 and at most 1")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) to the probabilities (B, V) that the next token is drawn from.

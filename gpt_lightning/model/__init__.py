@@ -52,17 +52,17 @@ def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
     if name not in CONFIGS:
         hint = did_you_mean(name, CONFIGS)
         message = f"name={name} is not a model; choose one of {', '.join(CONFIGS)}{hint}"
-        raise UserError(message, field="name")
+        raise UserError(message)
     types = {field.name: get_args(field.type) or (field.type,) for field in fields(CONFIGS[name])}
     for key, value in settings.items():
         shown = f"{key}={json.dumps(value, default=str)}"
         if key not in types:
             hint = did_you_mean(key, types)
-            raise UserError(f"{shown} is not a setting of the {name} model{hint}", field=key)
+            raise UserError(f"{shown} is not a setting of the {name} model{hint}")
         # exact types: a bool is not an int here; an int is a valid float
         if type(value) not in types[key] and not (type(value) is int and float in types[key]):
             names = ["null" if kind is type(None) else kind.__name__ for kind in types[key]]
-            raise UserError(f"{shown} must be of type {' or '.join(names)}", field=key)
+            raise UserError(f"{shown} must be of type {' or '.join(names)}")
     return CONFIGS[name](**settings)
 
 

@@ -60,20 +60,19 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1", field=name)
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("multi_token_heads", "vocab_size", "block_size"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0", field=name)
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if not 2 <= self.n_gram <= 16:
-            raise UserError(f"n_gram={self.n_gram} must be between 2 and 16", field="n_gram")
+            raise UserError(f"n_gram={self.n_gram} must be between 2 and 16")
         if self.n_embd % (2 * self.n_head):
             raise UserError(
                 f"n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head}: each head "
                 "takes an equal and even number of channels",
-                field="n_embd",
             )
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be in [0, 1)", field="dropout")
+            raise UserError(f"dropout={self.dropout} must be in [0, 1)")
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:

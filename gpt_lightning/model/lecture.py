@@ -67,24 +67,22 @@ class LectureConfig:
     def __post_init__(self):
         for name in ("n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1", field=name)
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("n_layer", "ffwd", "vocab_size", "block_size"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0", field=name)
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: each head takes "
                 "an equal number of channels",
-                field="n_embd",
             )
         if self.ffwd > 1 and not self.proj:
             raise UserError(
                 f"ffwd={self.ffwd} requires proj=true, the layer that reduces the feed-forward to "
                 "n_embd channels again; without it, ffwd can be 0 or 1",
-                field="ffwd",
             )
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be in [0, 1)", field="dropout")
+            raise UserError(f"dropout={self.dropout} must be in [0, 1)")
         check_init_std(self.init_std)
 
 
@@ -110,13 +108,13 @@ class BigramConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0", field=name)
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         check_init_std(self.init_std)
 
 
 def check_init_std(init_std: float | None) -> None:
     if init_std is not None and not 0 <= init_std < math.inf:
-        raise UserError(f"init_std={init_std} must be 0 or a positive number", field="init_std")
+        raise UserError(f"init_std={init_std} must be 0 or a positive number")
 
 
 class MultiHeadAttention(nn.Module):

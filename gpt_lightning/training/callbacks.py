@@ -152,9 +152,9 @@ class GenerateText(Callback):
         seed: int = 1337,
     ):
         if every_n_steps is not None and every_n_steps < 0:
-            raise UserError(f"every_n_steps={every_n_steps} must be 0 or more", "every_n_steps")
+            raise UserError(f"every_n_steps={every_n_steps} must be 0 or more")
         if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1", "max_new_tokens")
+            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.every_n_steps, self.prompt = every_n_steps, prompt
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.sampling = Sampling(temperature, top_k)

@@ -88,7 +88,6 @@ class BestAndLast(Checkpoint):
         if every_n_train_steps < 0:
             raise UserError(
                 f"every_n_train_steps={every_n_train_steps} must be 0 or more",
-                field="every_n_train_steps",
             )
         self.every_n_train_steps = every_n_train_steps
         self.best_val_loss, self.best_step = math.inf, 0
@@ -187,9 +186,9 @@ class BestAndLast(Checkpoint):
                 print(f"Resuming from step {trainer.global_step}; {path.name} is kept as {kept}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.restore_handlers()
         if trainer.global_step > self.saved_step and not trainer.fast_dev_run:
             self.save(trainer, self.last_path)
+        self.restore_handlers()
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
         self.restore_handlers()

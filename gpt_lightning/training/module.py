@@ -74,12 +74,11 @@ class GPTModule(LightningModule):
         )
         for name, value in (("confidence_penalty", confidence_penalty), ("eval_iters", eval_iters)):
             if not 0 <= value < math.inf:
-                raise UserError(f"{name}={value} must be 0 or more", field=name)
+                raise UserError(f"{name}={value} must be 0 or more")
         if self.config.name == "bigram" and self.optimizer_config.optimizer == "muon":
             raise UserError(
                 "optimizer=muon needs matrices between embedding and head, which the bigram model "
                 "does not have; use optimizer=adamw",
-                field="optimizer",
             )
         self.save_hyperparameters(ignore=["model", "optimizer"], logger=False)
         self.net: Any = None
@@ -113,7 +112,6 @@ class GPTModule(LightningModule):
                     raise UserError(
                         f"{name}={getattr(self.config, name)} of the model is not the data's "
                         f"{value}; leave it out",
-                        field=name,
                     )
             self.config = replace(self.config, **sizes)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -140,13 +138,18 @@ class GPTModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
         fused = self.trainer.precision != "16-mixed"
-        return build_optimizer(self.net, self.optimizer_config, fused)
+        optimizer = build_optimizer(self.net, self.optimizer_config, fused)
+        self.group_settings = [
+            {"betas": group["betas"], "weight_decay": group["weight_decay"]}
+            for group in optimizer.param_groups
+        ]
+        return optimizer
 
     def on_train_start(self) -> None:
-        # A checkpoint restores the optimizer's settings of that time; those of this run apply.
-        groups = self.optimizers().param_groups
-        for group, current in zip(groups, self.configure_optimizers().param_groups, strict=True):
-            group.update({k: v for k, v in current.items() if k in ("betas", "weight_decay")})
+        # Loading a checkpoint overwrites betas and weight decay. Set them to this run's values.
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        for group, settings in zip(groups, self.group_settings, strict=True):
+            group.update(settings)
         self.decay_steps = self._decay_steps()
 
     def _decay_steps(self) -> int:
@@ -154,17 +157,16 @@ class GPTModule(LightningModule):
         if self.optimizer_config.lr_decay_steps is not None:
             return self.optimizer_config.lr_decay_steps
         trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
-        epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
-        if epochs > 0 and batches < math.inf:
-            return epochs * batches // trainer.accumulate_grad_batches
-        return 0
+        ends = [trainer.max_steps]
+        if trainer.num_training_batches < math.inf:
+            steps = trainer.num_training_batches // trainer.accumulate_grad_batches
+            ends.append((trainer.max_epochs or 0) * steps)
+        return min((end for end in ends if end > 0), default=0)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Learning rate and dropout are functions of (seed, step, micro-step, rank), so that a
-        # resumed run takes the same steps. A scheduler's state would restore the checkpoint's
-        # learning rate over the one that is asked for.
+        # resumed run takes the same steps. There is no LR scheduler: on resume its saved state
+        # would overwrite a learning rate given on the command line.
         step, config = self.global_step, self.optimizer_config
         rate = learning_rate_at(step, config, self.decay_steps)
         muon_rate = config.muon_learning_rate * (
@@ -232,10 +234,11 @@ class GPTModule(LightningModule):
     # validation
 
     @contextmanager
-    def exact(self) -> Iterator[None]:
-        """fp32 without TF32, and not compiled, whatever the model trains in.
+    def full_precision(self) -> Iterator[None]:
+        """No autocast, no TF32 and no compilation, so that losses can be compared.
 
-        Figures stay comparable, and validation's odd batch shapes are not compiled one by one.
+        With bf16-true and 16-true the weights themselves stay in half precision. Compilation would
+        take minutes for the odd batch shapes of validation.
         """
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -254,7 +257,7 @@ class GPTModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         x, y = batch
-        with self.exact():
+        with self.full_precision():
             self.val_loss.update(cross_entropy(self.net(x), y), weight=y.numel())
 
     def on_validation_epoch_end(self) -> None:
@@ -268,7 +271,7 @@ class GPTModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The nats (B, T) that each next token costs, and the tokens (B, T)."""
         x, y = batch
-        with self.exact():
+        with self.full_precision():
             return cross_entropy(self.net(x), y, reduction="none").view_as(y), y
 
     def _log_exact(self, part: str) -> None:
@@ -295,7 +298,7 @@ class GPTModule(LightningModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         for batch in data.estimator_batches(spans, self.hparams.eval_iters, rank, world):
             x, y = (part.to(self.device) for part in batch)
-            with self.exact():
+            with self.full_precision():
                 mean.update(cross_entropy(self.net(x), y))
         return mean.compute()
 

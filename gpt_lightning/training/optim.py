@@ -51,11 +51,11 @@ class OptimizerConfig:
         for name, choices in (("optimizer", ("muon", "adamw")), ("schedule", ("linear", "cosine"))):
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(f"{name}={value} must be {' or '.join(choices)}", field=name)
+                raise UserError(f"{name}={value} must be {' or '.join(choices)}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise UserError(f"{name}={value} must be at least 0 and below 1", field=name)
+                raise UserError(f"{name}={value} must be at least 0 and below 1")
         for name in (
             "learning_rate",
             "muon_learning_rate",
@@ -67,7 +67,7 @@ class OptimizerConfig:
         ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{name}={value} must be a number of at least 0", field=name)
+                raise UserError(f"{name}={value} must be a number of at least 0")
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, decay_steps: int) -> float:
@@ -148,7 +148,6 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     if not found:
         raise UserError(
             "optimizer=muon needs a model with matrices inside blocks; use optimizer=adamw",
-            field="optimizer",
         )
     return found
 

@@ -23,7 +23,7 @@ class Introduction(Callback):
     def __init__(self, settings: dict[str, Any], precision_reason: str):
         self.settings, self.precision_reason = settings, precision_reason
 
-    def on_fit_start(self, trainer: Trainer, module: GPTModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:
         folder = trainer.log_dir  # all processes have to ask
         module.print(introduction(trainer, module, module.data, self.precision_reason))
         if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
