@@ -87,10 +87,10 @@ def measure(args) -> tuple[dict, str]:
                     if turn > 0:
                         run["ms"] = run["training"] / run["steps"] * 1e3
                         runs[path.stem].append(run)
-    return summarise(args, prepared, runs)
+    return summarize(args, prepared, runs)
 
 
-def summarise(args, prepared: list[dict], runs: dict[str, list[dict]]) -> tuple[dict, str]:
+def summarize(args, prepared: list[dict], runs: dict[str, list[dict]]) -> tuple[dict, str]:
     first, mixed, again = prepared
     gb, on_small, on_big = f"{args.gigabytes:g} GB", runs["small"], runs["big"]
     pairs = zip(on_small, on_big, strict=True)

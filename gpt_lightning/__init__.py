@@ -1,7 +1,7 @@
 """A character-level GPT on PyTorch Lightning.
 
-Text enters through `data`, becomes logits in `model`, is learned in `training` and comes back as
-text from `generation`. The names below are the public ones.
+`data` turns text into batches of token ids, `model` has the networks, `training` trains them with
+the Lightning Trainer, and `generation` generates text. The names below are the public ones.
 """
 
 from importlib import import_module

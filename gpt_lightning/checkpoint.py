@@ -353,8 +353,8 @@ def describe(
     }
 
 
-# settings of a model that change neither the shapes nor the meaning of its weights; a vocabulary
-# is compared as a whole
+# Model settings that may differ between checkpoint and run. `vocab_size` is one because the
+# tokenizers are compared as a whole.
 MAY_DIFFER = ("vocab_size", "dropout", "init_std", "fused")
 
 

@@ -1,4 +1,4 @@
-"""The front door: `python -m gpt_lightning COMMAND`.
+"""The entry point of the command line: `python -m gpt_lightning COMMAND`.
 
 `generate` runs here, without importing Lightning; the Trainer's commands are in `lightning_cli`. A
 `UserError` ends in one line on stderr and exit code 2. Any other exception keeps its traceback.

@@ -79,7 +79,7 @@ def climb(argv: list[str]) -> int:
     """The command `climb`; returns its exit code.
 
     Raises:
-        UserError: for a wrong flag, or a folder that was climbed with other settings.
+        UserError: for a wrong flag, or a folder that has results of other settings.
     """
     args, flags = parse(argv)
     rungs = find_rungs(args.configs, args.rungs)
@@ -172,13 +172,15 @@ def check_same_settings(out: Path, rungs: list[Path], flags: list[str]) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     if known["flags"] != flags:
         raise UserError(
-            f"--out={out} was climbed with the flags {' '.join(known['flags']) or '(none)'}; "
+            f"--out={out} has results of the flags {' '.join(known['flags']) or '(none)'}; "
             "give the same flags, or another --out"
         )
     for rung in rungs:
         config = load_config(rung)
         if known["configs"].setdefault(rung.stem, config) != config:
-            raise UserError(f"--out={out} was climbed with another {rung}; give another --out")
+            raise UserError(
+                f"--out={out} has results of another version of {rung}; give another --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
         file.write(json.dumps(known, indent=1).encode())

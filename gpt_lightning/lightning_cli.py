@@ -351,8 +351,12 @@ def check_prompt(run: Run) -> None:
 
 def validate(run: Run) -> None:
     """`validate` and `test`: the exact loss, which the Trainer prints as a table."""
+    data = run.data
+    if run.trainer.is_global_zero:
+        part = f"{data.val_tokens:,} of {len(data.tokens):,} tokens"
+        print(f"text   {data.corpus.name}: {part} (--data.val_fraction={data.hparams.val_fraction})")
     evaluate = run.trainer.test if run.command == "test" else run.trainer.validate
-    evaluate(run.module, run.data, ckpt_path=run.path)
+    evaluate(run.module, data, ckpt_path=run.path)
 
 
 def predict(run: Run) -> None:

@@ -405,7 +405,7 @@ def main() -> int:
         for job in [pool.submit(run_chains) for _ in range(args.jobs)]:
             job.result()
     minutes = round((time.monotonic() - began) / 60, 1)
-    summary = summarise(kills) | {"seed": args.seed, "minutes": minutes, "torch": torch.__version__}
+    summary = summarize(kills) | {"seed": args.seed, "minutes": minutes, "torch": torch.__version__}
     print(json.dumps(summary, indent=1))
     if args.out:
         record = {"summary": summary, "kills": [asdict(one) for one in kills]}
@@ -431,7 +431,7 @@ def line(one: Kill) -> str:
     return "  ".join([*parts, end, *one.faults])
 
 
-def summarise(kills: list[Kill]) -> dict:
+def summarize(kills: list[Kill]) -> dict:
     counted = [one for one in kills if counts(one)]
     spoilt = {k.chain for k in kills if any(f.startswith(("lost", "differs")) for f in k.faults)}
     return {

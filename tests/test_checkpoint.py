@@ -355,7 +355,7 @@ def test_other_archives_are_refused(path, name):
 
 
 def read_or_damaged(path, raw: bytes) -> bool:
-    """Whether the file is recognised as damaged; if not, its content must be the right one."""
+    """Whether the file is recognized as damaged; if not, its content must be the right one."""
     path.write_bytes(raw)
     try:
         assert same(read_checkpoint(path), SMALL)
@@ -376,7 +376,7 @@ def test_a_changed_byte_is_detected_or_changes_nothing(path):
 
 
 def test_a_weight_marked_as_a_folder_is_read_correctly(path):
-    """This bit is outside all checksums; torch alone takes uninitialised memory for the weight."""
+    """This bit is outside all checksums; torch alone takes uninitialized memory for the weight."""
     raw = bytearray(saved(SMALL))
     raw[raw.rindex(b"archive/data/3") - 8] ^= 0x10
     assert not read_or_damaged(path, bytes(raw))

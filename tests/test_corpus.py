@@ -63,7 +63,7 @@ def write(path: Path, data: bytes | str) -> Path:
     st.lists(st.sampled_from(["\r", "\n", "\r\n", "\ufeff", "a", "é", "漢", "😀", "\x85\u2028"])),
     st.integers(1, 9),
 )
-def test_line_ends_and_bom_are_normalised_whatever_the_piece_size(tmp_path, pieces, size):
+def test_line_ends_and_bom_are_normalized_whatever_the_piece_size(tmp_path, pieces, size):
     raw = "".join(pieces).encode()
     path = write(tmp_path / "text", raw)
     expected = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

@@ -152,13 +152,11 @@ def test_seeds_can_be_added_and_other_flags_or_configs_are_errors(capsys, rungs)
     assert len(losses(table("out")["1_low"])) == 3
     capsys.readouterr()
     assert climb("--out=out", "--model.learning_rate=0.1") == 2
-    assert (
-        "--out=out was climbed with the flags --trainer.accelerator=cpu" in capsys.readouterr().err
-    )
+    assert "--out=out has results of the flags --trainer.accelerator=cpu" in capsys.readouterr().err
     (rungs / "1_low.yaml").write_text(LOW.replace("max_steps: 6", "max_steps: 8"))
-    assert climb("--out=out", "--rungs=2_high") == 0  # not climbed before
+    assert climb("--out=out", "--rungs=2_high") == 0  # no results of it yet
     assert climb("--out=out", "--rungs=1_low") == 2
-    assert "--out=out was climbed with another rungs/1_low.yaml" in capsys.readouterr().err
+    assert "--out=out has results of another version of rungs/1_low.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_a_wrong_flag_is_a_message_of_one_line(flags, message, capsys):
     assert not list(Path(".").glob("out/*/*/checkpoints"))
 
 
-def test_a_gpu_rung_is_climbed_without_a_gpu_if_it_is_named(without_gpu):
+def test_a_gpu_rung_is_trained_without_a_gpu_if_it_is_named(without_gpu):
     assert climb("--out=out", "--rungs=3_huge_gpu", "--seeds=1") == 0
     assert table("out")["3_huge_gpu"]["val_loss_mean"]
 

@@ -300,7 +300,7 @@ def test_bigram_counts_pairs_within_each_piece_only():
             counts[text[i], text[i + 1]] += 1
     assert counts["a", "b"] == 3 and counts["a", "c"] == 1  # counted by hand
     model = Bigram(BigramConfig(vocab_size=5, block_size=4)).count(pieces(), smoothing=0.5)
-    probs = model(torch.arange(5)[None])[0].exp()  # rows are normalised already
+    probs = model(torch.arange(5)[None])[0].exp()  # rows are normalized already
     torch.testing.assert_close(probs.sum(1), torch.ones(5))
     for i, first in enumerate("abcdr"):
         total = sum(counts[first, second] + 0.5 for second in "abcdr")
@@ -451,7 +451,7 @@ def test_more_tokens_than_block_size_raise():
         random_model(**SHAPES[0])(some_ids(11, 1, 9))
 
 
-# --- initialisation -------------------------------------------------------------------------------
+# --- initialization -------------------------------------------------------------------------------
 
 
 def test_initial_weights_have_the_given_standard_deviation():

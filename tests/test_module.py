@@ -308,7 +308,7 @@ def test_two_accumulated_half_batches_equal_one_batch(data, config, optimizer, m
         torch.testing.assert_close(tensor, results[1][key], atol=5e-5, rtol=1e-4)
 
 
-def test_overfit_batches_repeats_one_batch_until_it_is_memorised(data):
+def test_overfit_batches_repeats_one_batch_until_it_is_memorized(data):
     recorder, dm = Recorder(), data(overfit_batches=1)
     rates = {"learning_rate": 1e-2, "warmup_steps": 5, "lr_decay_steps": 0}
     model = module(dm, optimizer=rates)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt_lightning.data import playwright
-from gpt_lightning.data.playwright import Stage, floor, recognise, write_lines, write_play
+from gpt_lightning.data.playwright import Stage, floor, recognize, write_lines, write_play
 
 HEAD_SHA256 = "91ec0b3d3c6a2da98ae48168ad7ffc26d00bcf6ab73b43f444ece46d451a5e76"
 TEXT_SHA256 = "765d7ac6b5fac5b294cf707801caf8df2fa2f466aa2b5da9c82387cec751a123"
@@ -96,21 +96,21 @@ def test_couplets_rhyme(small):
 
 
 @pytest.mark.parametrize("seed", [playwright.DEFAULT_SEED, 0, 2])
-def test_the_recogniser_finds_the_cost_of_generation(seed):
-    # The generator draws one derivation and the recogniser sums over all, so equality also means
+def test_the_recognizer_finds_the_cost_of_generation(seed):
+    # The generator draws one derivation and the recognizer sums over all, so equality also means
     # that no line has a second derivation.
     text, _, nats = write_play(seed, 150_000)
-    np.testing.assert_allclose(recognise(text), nats, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(recognize(text), nats, rtol=0, atol=1e-9)
 
 
-def test_the_recogniser_detects_a_second_derivation(monkeypatch, small):
+def test_the_recognizer_detects_a_second_derivation(monkeypatch, small):
     twice = playwright.Rule([(1, "Exeunt."), (1, "@sound"), (1, "Exeu@end")])
     monkeypatch.setitem(playwright.RULES, "exeunt", twice)
     monkeypatch.setitem(playwright.RULES, "end", playwright.Rule([(1, "nt.")]))
     text = re.sub("Exeunt.*", "Exeunt.", small[0])
     stop = text.index("Exeunt.\n") + len("Exeunt.\n")
     with pytest.raises(ValueError, match=f"line {text[:stop].count(chr(10))} has more than one"):
-        recognise(text[:stop])
+        recognize(text[:stop])
 
 
 def clash(stage):
@@ -214,12 +214,12 @@ def test_no_word_is_in_two_rhymes():
     assert all(min(map(len, row)) >= 2 for row in playwright.ROWS)
 
 
-# --- The recogniser refuses other texts -----------------------------------------------------------
+# --- The recognizer refuses other texts -----------------------------------------------------------
 
 
 def refused(lines, number):
     with pytest.raises(ValueError, match=rf"line {number}\b"):
-        recognise("\n".join(lines) + "\n")
+        recognize("\n".join(lines) + "\n")
 
 
 def find(lines, pattern):
@@ -278,11 +278,11 @@ def test_swapped_and_missing_lines_are_refused(small):
     refused([*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]], at + 1)
     refused(lines[1:], 1)
     with pytest.raises(ValueError, match="line 200 does not end"):
-        recognise("\n".join(lines))
+        recognize("\n".join(lines))
 
 
 def test_the_empty_text_has_no_lines():
-    assert recognise("").shape == (0,)
+    assert recognize("").shape == (0,)
 
 
 # --- Probabilities --------------------------------------------------------------------------------

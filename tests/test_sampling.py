@@ -40,7 +40,7 @@ def kept(probs):
     return {i for i, p in enumerate(probs) if p > 0}
 
 
-def renormalised(probs, keep):
+def renormalized(probs, keep):
     total = sum(probs[i] for i in keep)
     return [p / total if i in keep else 0.0 for i, p in enumerate(probs)]
 
@@ -111,7 +111,7 @@ def test_huge_logits_do_not_overflow():
 def test_top_k_keeps_exactly_k_also_with_ties(logits, top_k):
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))  # lower ids first among ties
     keep = set(order[:top_k])
-    expected = renormalised(softmax(logits), keep)
+    expected = renormalized(softmax(logits), keep)
     found = probabilities(logits, top_k=top_k)
     assert kept(found) == keep
     assert found == pytest.approx(expected, abs=1e-5)
@@ -138,7 +138,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, top_p):
             assert sum(other) < top_p + tiny
     for other in itertools.combinations(probs, len(keep)):  # and no set of this size has more
         assert sum(other) <= mass + tiny
-    assert found == pytest.approx(renormalised(probs, keep), abs=1e-5)
+    assert found == pytest.approx(renormalized(probs, keep), abs=1e-5)
 
 
 def test_top_p_by_hand():
@@ -158,7 +158,7 @@ def test_min_p_keeps_that_fraction_of_the_most_likely(logits, min_p):
     for i, p in enumerate(probs):
         if abs(p - min_p * max(probs)) > 1e-6 * max(probs):  # rounding decides at the edge
             assert (i in keep) == (p > min_p * max(probs))
-    assert found == pytest.approx(renormalised(probs, keep), abs=1e-5)
+    assert found == pytest.approx(renormalized(probs, keep), abs=1e-5)
 
 
 def test_each_filter_applies_to_what_the_previous_one_keeps():
@@ -188,7 +188,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     for settings_ in (dict(), dict(temperature=0.6), dict(temperature=2.0, top_k=3)):
         probs = softmax(logits, settings_.get("temperature", 1.0))
         if "top_k" in settings_:
-            probs = renormalised(probs, {0, 2, 3})
+            probs = renormalized(probs, {0, 2, 3})
         batch = torch.tensor([logits]).repeat(20000, 1)
         drawn = Sampling(**settings_).sample(batch, generator).bincount(minlength=5).tolist()
         assert all(c == 0 for c, p in zip(drawn, probs, strict=True) if p == 0)

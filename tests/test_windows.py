@@ -213,7 +213,7 @@ def test_random_windows_are_uniform_over_all_starts():
     assert chi_square([np.count_nonzero(starts == s) for s in possible]) < 4
 
 
-def test_neighbouring_random_windows_are_independent():
+def test_neighboring_random_windows_are_independent():
     starts = RandomWindows([(0, 9)], block_size=4, seed=11).starts(np.arange(40001))
     pairs = np.bincount(starts[:-1] * 5 + starts[1:], minlength=25)
     assert chi_square(pairs) < 4

@@ -30,7 +30,7 @@ from gpt_lightning.errors import UserError
 SAMPLING = ("sliding", "random")
 LARGEST = 10**15  # of any size or count: what is computed from them fits into 64 bits
 BATCHES_AT_ONCE = 64  # window starts are computed for this many batches together
-VAL_TOKENS_CPU, VAL_TOKENS = 1 << 11, 1 << 16  # of a validation batch: fill caches, or a GPU
+VAL_TOKENS_CPU, VAL_TOKENS = 1 << 11, 1 << 16  # of a validation batch, on a CPU and on a GPU
 VAL_LOGITS = 1 << 26  # of a validation batch at most: 256 MB in fp32
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -132,7 +132,7 @@ class TextDataModule(LightningDataModule):
         batch_size: B, windows per batch in each process.
         sampling: `sliding` (every window once an epoch, shuffled, with a new phase) or `random`
             (the lecture's get_batch, with replacement).
-        stride: distance of neighbouring sliding windows; block_size by default.
+        stride: distance of neighboring sliding windows; block_size by default.
         split: `tail` holds out the end (the lecture's last 10%), `blocks` pieces throughout.
         val_fraction: share of the text that is held out; 1 to validate on all of it.
         max_val_tokens: validate on the first held-out tokens only; on all by default.

@@ -6,7 +6,7 @@ before it), is exact. The sum of the costs is the floor: the lowest loss, in nat
 model can reach on the text. A model can learn spelling, agreement (thou hast, he hath), rhyme, and
 which characters are on stage.
 
-The generator draws one derivation of each line. The recogniser, an independent check, reads only
+The generator draws one derivation of each line. The recognizer, an independent check, reads only
 the text and sums over all derivations. They share the tables below and `Stage`, which holds what
 the text so far implies for the next line.
 """
@@ -454,7 +454,7 @@ def _readings(stage: Stage, line: str) -> list[tuple[str, float, int]]:
     return readings
 
 
-def recognise(text: str) -> np.ndarray:
+def recognize(text: str) -> np.ndarray:
     """The cost in nats of each line of a text, float64 (L,), computed from the text alone.
 
     Raises:

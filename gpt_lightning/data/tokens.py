@@ -103,7 +103,8 @@ def _build(
         _write_header(file, coder.dtype, 0)
         for chunk in corpus.chunks(PIECE, bar.update):
             try:
-                ids = coder.encode(chunk, offset=count)  # an error means one id per character
+                # raises only if no character was dropped, so count is the position in the text
+                ids = coder.encode(chunk, offset=count)
             except UserError as error:
                 raise corpus_error(corpus.name, f": {error}") from None
             count += len(ids)

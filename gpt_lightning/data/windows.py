@@ -73,7 +73,7 @@ class SlidingWindows:
     Args:
         spans: the pieces of text; no window reaches beyond one.
         block_size: T; a window is T inputs and T targets, so T + 1 tokens.
-        stride: distance between the starts of neighbouring windows.
+        stride: distance between the starts of neighboring windows.
         seed: chooses, with the epoch's number, phase and order.
 
     Raises:

@@ -65,7 +65,7 @@ class KVCache:
         # position per sample also faster than torch's fused attention.
         positions = torch.arange(keys.shape[2], device=k.device)
         future = positions > positions[start:stop, None]  # (n, N)
-        scores = q.type_as(keys) @ keys.mT * scale  # (B, H, n, N)
+        scores = (q * scale).type_as(keys) @ keys.mT  # (B, H, n, N)
         weights = scores.masked_fill_(future, -math.inf).softmax(dim=-1)
         return (weights @ values).type_as(k)
 

@@ -119,7 +119,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        # normalised queries and keys keep the scores bounded (Henry et al. 2020, "QK-norm")
+        # normalized queries and keys keep the scores bounded (Henry et al. 2020, "QK-norm")
         q, k = rotate(norm(qkv[:, :, :2]), rotary).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         value_embedding = self.value_embedding(ids).view(B, T, self.n_head, -1)
         v = (qkv[:, :, 2] + value_embedding.type_as(qkv)).transpose(1, 2)  # (B, H, T, D)
@@ -144,7 +144,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; both read the normalised residual stream and add to it."""
+    """Attention, then feed-forward; both read the normalized residual stream and add to it."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()

@@ -33,7 +33,7 @@ class LectureConfig:
         bias: use biases in the projections, the feed-forward and the norms. As in the lecture,
             queries, keys and values never have one, and the head always does.
         init_std: standard deviation of the initial weights. 0.02 is what the lecture's author
-            recommends after it; null uses torch's own initialisation, as the lecture's code does.
+            recommends after it; null uses torch's own initialization, as the lecture's code does.
         scaled: divide attention scores by the square root of the head size.
         ffwd: width of the feed-forward in multiples of n_embd; 0 removes it.
         residual: add the output of attention and feed-forward to their input.
@@ -91,7 +91,7 @@ class BigramConfig:
     """Settings of the lecture's bigram model.
 
     Args:
-        init_std: standard deviation of the initial weights; null uses torch's own initialisation.
+        init_std: standard deviation of the initial weights; null uses torch's own initialization.
         vocab_size: V, number of distinct tokens; 0: filled in from the data.
         block_size: T, length of the windows of data; 0: filled in from the data.
 

@@ -1,1 +1,1 @@
-"""Learning: the LightningModule, its optimizer, its checkpoints, and what watches a run."""
+"""Training: the LightningModule, its optimizer, checkpoints, callbacks and reports."""

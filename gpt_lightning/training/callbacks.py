@@ -49,7 +49,8 @@ class TrainingMetrics(Callback):
 
     def __init__(self):
         self.losses: list[torch.Tensor] = []  # of the current step, one for each micro-step
-        self.tokens, self.seconds_before = 0, 0.0  # since the last log line, and until it
+        self.tokens = 0  # since the last log line
+        self.seconds_before = 0.0  # of training, until the last log line
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.start()

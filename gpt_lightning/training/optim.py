@@ -229,7 +229,10 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
     def muon_step(self, params: list[Tensor], group: dict) -> None:
-        """Update matrices with the same sides as one batch; the first one's state has it all."""
+        """Update matrices of one shape, or its transpose, as one batch.
+
+        Their momentum is stacked in the state of the first one.
+        """
         found = [p.grad for p in params if p.grad is not None]
         if not found:
             return
