@@ -297,6 +297,9 @@ def fit(run: Run) -> None:
     trainer, module, data = run.trainer, run.module, run.data
     keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
     check_prompt(run)
+    if keeper is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+        # before the Trainer opens the logger, which writes into the folder
+        keeper.claim(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
     began = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=run.path)

@@ -61,8 +61,8 @@ class KVCache:
         values[:, :, start:stop] = v
         if start == 0:
             return causal_attention(q, k, v, scale)
-        # Over all N, not up to `stop`: products of contiguous matrices are faster, and for a single
-        # position per sample also faster than torch's fused attention.
+        # Over all N, not up to `stop`: for many samples on a CPU, products of contiguous matrices
+        # are faster than those of slices, and than torch's fused attention.
         positions = torch.arange(keys.shape[2], device=k.device)
         future = positions > positions[start:stop, None]  # (n, N)
         scores = (q * scale).type_as(keys) @ keys.mT  # (B, H, n, N)
