@@ -49,11 +49,11 @@ from gpt_lightning.settings import (
     restore,
 )
 from gpt_lightning.training.callbacks import GenerateText, PredictionFile, RunProgressBar
-from gpt_lightning.training.checkpoint import AtomicCheckpointIO, BestAndLast, Interrupted
 from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import Introduction, closing_table
+from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted
 
 # The Trainer's settings where Lightning's own defaults do not fit; any of them can be given.
 TRAINER_DEFAULTS = {
@@ -357,7 +357,9 @@ def validate(run: Run) -> None:
     data = run.data
     if run.trainer.is_global_zero:
         part = f"{data.val_tokens:,} of {len(data.tokens):,} tokens"
-        print(f"text   {data.corpus.name}: {part} (--data.val_fraction={data.hparams.val_fraction})")
+        print(
+            f"text   {data.corpus.name}: {part} (--data.val_fraction={data.hparams.val_fraction})"
+        )
     evaluate = run.trainer.test if run.command == "test" else run.trainer.validate
     evaluate(run.module, data, ckpt_path=run.path)
 

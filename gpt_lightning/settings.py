@@ -18,9 +18,9 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, did_you_mean
 from gpt_lightning.model import CONFIGS
 from gpt_lightning.training.callbacks import GenerateText
-from gpt_lightning.training.checkpoint import BestAndLast
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
+from gpt_lightning.training.saving import BestAndLast
 
 PROGRAM = "python -m gpt_lightning"
 SECTIONS = ("data", "model", "sample", "checkpoint", "trainer")
@@ -86,11 +86,11 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def parse(parser: ArgumentParser, argv: list[str], below: Settings | None = None) -> Settings:
-    """The settings that are given: flags over configs over `below`. No defaults."""
+def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None) -> Settings:
+    """The settings that are given: flags over configs over `base`. No defaults."""
     expanded = expand_configs(argv)
-    if below is not None:
-        expanded.insert(0, "--config=" + yaml.safe_dump(below, allow_unicode=True))
+    if base is not None:
+        expanded.insert(0, "--config=" + yaml.safe_dump(base, allow_unicode=True))
     try:
         namespace = parser.parse_args(expanded, defaults=False)
     except ArgumentError as error:
@@ -147,12 +147,12 @@ def restore(
     given = set(settings["trainer"])
     if any(arg.startswith("--trainer.callbacks+") for arg in argv):
         given -= {"callbacks"}  # they are added to the checkpoint's
-    stored = trusted_settings(entry.get("settings") or settings_of(entry), given)
+    stored = trusted_settings(entry.get("settings") or settings_from_entry(entry), given)
     if "max_epochs" in given and "max_steps" not in given:
         stored["trainer"].pop("max_steps", None)  # the run is to be as long as the user says
     if command != "fit":  # any text may be given, in the checkpoint's vocabulary
         stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
-    restored = parse(parser, argv[1:], below=stored)
+    restored = parse(parser, argv[1:], base=stored)
     before, now = (part["model"].get("optimizer", "muon") for part in (stored, restored))
     if command == "fit" and before != now:
         raise UserError(
@@ -162,7 +162,7 @@ def restore(
     return restored
 
 
-def settings_of(entry: dict) -> Settings:
+def settings_from_entry(entry: dict) -> Settings:
     """Settings of a checkpoint that was not written by the command line: what it knows."""
     model = {name: value for name, value in entry["model"].items() if name not in FROM_DATA}
     corpus = entry["corpus"]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.errors import UserError
 from gpt_lightning.training import checkpoint
-from gpt_lightning.training.checkpoint import AtomicCheckpointIO, BestAndLast, Interrupted
+from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted
 
 pytestmark = [  # about loaders that are simpler than ours
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),

@@ -19,7 +19,7 @@ from gpt_lightning import (
 )
 from gpt_lightning.checkpoint import KEY
 from gpt_lightning.training.callbacks import TrainingMetrics
-from gpt_lightning.training.checkpoint import AtomicCheckpointIO
+from gpt_lightning.training.saving import AtomicCheckpointIO
 
 TEXT = "".join(f"{i} times {i} is {i * i};\n" for i in range(200))
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16}

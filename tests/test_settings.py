@@ -7,7 +7,7 @@ import yaml
 
 from gpt_lightning.errors import UserError, with_flags
 from gpt_lightning.model import CONFIGS
-from gpt_lightning.settings import build_parser, flag_names, parse, restore, settings_of
+from gpt_lightning.settings import build_parser, flag_names, parse, restore, settings_from_entry
 from gpt_lightning.training.optim import OptimizerConfig
 
 
@@ -34,8 +34,8 @@ def test_only_what_is_given_is_in_the_settings(parser):
 def test_flags_win_over_configs_and_these_over_the_checkpoint(parser, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("model: {n_layer: 2, n_head: 2, init_std: null}\ntrainer: {max_steps: 5}\n")
-    below = {"model": {"n_layer": 1, "n_embd": 8, "n_head": 1}, "seed_everything": 7}
-    found = given(parser, f"--config={config}", "--model.n_layer=3", below=below)
+    base = {"model": {"n_layer": 1, "n_embd": 8, "n_head": 1}, "seed_everything": 7}
+    found = given(parser, f"--config={config}", "--model.n_layer=3", base=base)
     assert found == {
         "seed_everything": 7,
         "model": {"n_layer": 3, "n_head": 2, "n_embd": 8, "init_std": None},
@@ -45,10 +45,10 @@ def test_flags_win_over_configs_and_these_over_the_checkpoint(parser, tmp_path):
 
 def test_callbacks_of_flags_are_added_to_those_of_the_checkpoint(parser):
     path = "lightning.pytorch.callbacks"
-    below = {"trainer": {"callbacks": [{"class_path": f"{path}.EarlyStopping",
+    base = {"trainer": {"callbacks": [{"class_path": f"{path}.EarlyStopping",
                                         "init_args": {"monitor": "loss/val"}}]}}  # fmt: skip
     flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename={step}"]
-    found = given(parser, *flags, below=below)["trainer"]["callbacks"]
+    found = given(parser, *flags, base=base)["trainer"]["callbacks"]
     assert [callback["class_path"] for callback in found] == [
         f"{path}.EarlyStopping", f"{path}.ModelCheckpoint"]  # fmt: skip
 
@@ -129,7 +129,7 @@ ENTRY = {
 
 
 def test_a_checkpoint_without_stored_settings_gives_what_it_knows(parser):
-    assert settings_of(ENTRY)["model"] == {"name": "lecture", "n_layer": 1}
+    assert settings_from_entry(ENTRY)["model"] == {"name": "lecture", "n_layer": 1}
     checkpoint = {"gpt_lightning": ENTRY}
     found = restore(parser, ["validate"], parse(parser, []), checkpoint)
     assert found["data"] == {
@@ -149,7 +149,7 @@ def test_settings_survive_yaml(parser):
     flags = ["--trainer.max_time=00:00:10:00", "--trainer.logger=CSVLogger",
              "--trainer.logger.save_dir=a.b", "--data.corpus=no", "--sample.prompt=3"]  # fmt: skip
     found = parse(parser, flags)
-    assert parse(parser, [], below=yaml.safe_load(yaml.safe_dump(found))) == found
+    assert parse(parser, [], base=yaml.safe_load(yaml.safe_dump(found))) == found
 
 
 def test_settings_are_plain_types_throughout(parser):
@@ -170,7 +170,7 @@ def test_settings_are_plain_types_throughout(parser):
 def test_callbacks_added_on_resume_keep_those_of_the_checkpoint(parser):
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping",
                 "init_args": {"monitor": "loss/val"}}  # fmt: skip
-    settings = {**settings_of(ENTRY), "trainer": {"callbacks": [stopping], "max_steps": 9}}
+    settings = {**settings_from_entry(ENTRY), "trainer": {"callbacks": [stopping], "max_steps": 9}}
     checkpoint = {"gpt_lightning": {**ENTRY, "settings": settings}}
     for flag, count in (("callbacks+", 2), ("callbacks", 1)):
         argv = ["fit", f"--trainer.{flag}=ModelCheckpoint"]
@@ -180,7 +180,7 @@ def test_callbacks_added_on_resume_keep_those_of_the_checkpoint(parser):
 
 
 def test_a_number_of_epochs_given_on_resume_replaces_the_stored_number_of_steps(parser):
-    settings = {**settings_of(ENTRY), "trainer": {"max_steps": 9}}
+    settings = {**settings_from_entry(ENTRY), "trainer": {"max_steps": 9}}
     checkpoint = {"gpt_lightning": {**ENTRY, "settings": settings}}
     argv = ["fit", "--trainer.max_epochs=3"]
     found = restore(parser, argv, parse(parser, argv[1:]), checkpoint)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.training.checkpoint import optimizer_step_done
+from gpt_lightning.training.saving import optimizer_step_done
 
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
 CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val", "loss/floor"]]}}

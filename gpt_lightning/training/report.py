@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Timer
 from gpt_lightning.checkpoint import resume_command, shell_command
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model import num_parameters
-from gpt_lightning.training.checkpoint import BestAndLast
 from gpt_lightning.training.module import GPTModule
+from gpt_lightning.training.saving import BestAndLast
 
 LARGE_VALIDATION = 10_000_000  # tokens: minutes of validation, even for a small model
 

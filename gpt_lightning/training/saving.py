@@ -66,10 +66,12 @@ def optimizer_step_done(trainer: Trainer, batch_idx: int) -> bool:
 class BestAndLast(Checkpoint):
     """Keeps `best.ckpt` (lowest loss/val) and `last.ckpt` in the run's `checkpoints` folder.
 
-    A `last.ckpt` that falls due is saved when the next batch starts, which is after a possible
-    validation: a run killed in between repeats that validation when it resumes, and no point of
-    the curves is missing. The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and
-    raises `Interrupted`; the second one acts at once.
+    `last.ckpt` is saved at the start of the next batch, after any validation. If the run is killed
+    before that save, it resumes from the previous checkpoint and repeats the validation, so that no
+    point of the curves is missing.
+
+    The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and raises `Interrupted`. The
+    second one acts at once.
 
     Args:
         every_n_train_steps: optimizer steps between two saves of `last.ckpt`; 0 saves at the end of
@@ -169,7 +171,9 @@ class BestAndLast(Checkpoint):
         """Rename the checkpoints of later steps, if the run resumes from an earlier one."""
         start = Path(trainer.ckpt_path).resolve()
         if start == self.last_path.resolve():
-            return  # a later best.ckpt is of a run killed between the two; it comes again
+            # best.ckpt is newer if the run was killed after saving it and before saving last.ckpt.
+            # The resumed run saves it again.
+            return
         for path in (self.last_path, self.best_path):
             if not path.exists() or path.resolve() == start:
                 continue
@@ -250,10 +254,10 @@ class BestAndLast(Checkpoint):
             raise Interrupted(self.signum or signal.SIGTERM, self.last_path)
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
-        """Take back what the Trainer has counted of a batch that has not started yet.
+        """Correct the batch counter.
 
-        It counts a batch as ready before `on_train_batch_start`, and does not correct the total
-        when it resumes: validations would come a batch early.
+        Lightning increments `ready` before `on_train_batch_start`, where we save, and does not
+        correct the total on resume: validations would come one batch early.
         """
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         total = progress["total"]
