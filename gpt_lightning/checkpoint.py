@@ -461,6 +461,7 @@ def _is_lightning_class(name: Any) -> bool:
     if not module.startswith("lightning.pytorch."):
         return False
     try:
-        return inspect.isclass(getattr(importlib.import_module(module), name, None))
+        found = getattr(importlib.import_module(module), name, None)
+        return inspect.isclass(found) and found.__module__.startswith("lightning.pytorch.")
     except ImportError:
         return False

@@ -1,7 +1,7 @@
 """The Trainer's commands: fit, validate, test and predict.
 
-1. `Settings` are resolved: flags over configs over the checkpoint's. Only what was given is in
-   them, so that no default is mistaken for a choice.
+1. `Settings` are resolved: flags override configs, and configs override the checkpoint's settings.
+   They contain no default values, so a missing setting is one that was not given.
 2. Data, module and Trainer are built, and the automatic choices (number of steps, precision,
    validation interval) are added to the settings.
 3. The command runs, and the settings are stored in the run's folder and in its checkpoints.

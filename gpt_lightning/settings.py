@@ -1,7 +1,7 @@
-"""The settings of a command: flags over configs over those of the checkpoint it starts from.
+"""The settings of a command: flags override configs, and configs override the checkpoint's.
 
-`parse` returns only what the user gave, without defaults, so that a default is never mistaken for a
-choice. `choose_length` adds what depends on the text, once that is known.
+`parse` returns only the settings that the user gave, without default values, so a missing setting
+is one that was not given. `choose_length` then chooses the settings that depend on the text.
 """
 
 from dataclasses import fields
@@ -147,9 +147,10 @@ def restore(
     given = set(settings["trainer"])
     if any(arg.startswith("--trainer.callbacks+") for arg in argv):
         given -= {"callbacks"}  # they are added to the checkpoint's
-    stored = trusted_settings(entry.get("settings") or settings_from_entry(entry), given)
-    if "max_epochs" in given and "max_steps" not in given:
-        stored["trainer"].pop("max_steps", None)  # the run is to be as long as the user says
+    stored = trusted_settings(entry.get("settings") or settings_without_command(checkpoint), given)
+    for length, other in (("max_steps", "max_epochs"), ("max_epochs", "max_steps")):
+        if length in given and other not in given:
+            stored["trainer"].pop(other, None)  # the run is to be as long as the user says
     if command != "fit":  # any text may be given, in the checkpoint's vocabulary
         stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
     restored = parse(parser, argv[1:], base=stored)
@@ -162,17 +163,19 @@ def restore(
     return restored
 
 
-def settings_from_entry(entry: dict) -> Settings:
-    """Settings of a checkpoint that was not written by the command line: what it knows."""
-    model = {name: value for name, value in entry["model"].items() if name not in FROM_DATA}
-    corpus = entry["corpus"]
+def settings_without_command(checkpoint: dict) -> Settings:
+    """Settings of a run that was started from Python: what its checkpoint knows of them."""
+    entry = checkpoint[KEY]
+    module = dict(checkpoint.get("hyper_parameters", {}))
+    model = {**entry["model"], **module.pop("optimizer", {}), **module}
     data = {
-        "corpus": corpus["name"],
-        "split": corpus["split"],
-        "val_fraction": corpus["val_fraction"],
+        "corpus": entry["corpus"]["name"],
+        "split": entry["corpus"]["split"],
+        "val_fraction": entry["corpus"]["val_fraction"],
         "tokenizer": entry["tokenizer"]["kind"],
         "block_size": entry["model"]["block_size"],
     }
+    model = {k: v for k, v in model.items() if k not in (*FROM_DATA, "model", "seed")}
     return {"data": data, "model": model, "trainer": {}, "sample": {}, "checkpoint": {}}
 
 
@@ -193,10 +196,9 @@ def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
             f"--trainer.overfit_batches={number} would replace the order of the windows; use "
             f"--data.overfit_batches={number}"
         )
-    batches, accumulate = (
-        trainer.get(name) for name in ("limit_train_batches", "accumulate_grad_batches")
-    )
-    if isinstance(batches, int) and batches % (accumulate or 1):
+    accumulate = trainer.get("accumulate_grad_batches") or 1
+    batches = trainer.get("limit_train_batches")
+    if accumulate > 1 and batches not in (None, 1.0) and batches % accumulate:
         raise UserError(
             f"--trainer.limit_train_batches={batches} must be a multiple of "
             f"--trainer.accumulate_grad_batches={accumulate}"

@@ -7,7 +7,13 @@ import yaml
 
 from gpt_lightning.errors import UserError, with_flags
 from gpt_lightning.model import CONFIGS
-from gpt_lightning.settings import build_parser, flag_names, parse, restore, settings_from_entry
+from gpt_lightning.settings import (
+    build_parser,
+    flag_names,
+    parse,
+    restore,
+    settings_without_command,
+)
 from gpt_lightning.training.optim import OptimizerConfig
 
 
@@ -129,12 +135,25 @@ ENTRY = {
 
 
 def test_a_checkpoint_without_stored_settings_gives_what_it_knows(parser):
-    assert settings_from_entry(ENTRY)["model"] == {"name": "lecture", "n_layer": 1}
+    assert settings_without_command({"gpt_lightning": ENTRY})["model"] == {
+        "name": "lecture",
+        "n_layer": 1,
+    }
     checkpoint = {"gpt_lightning": ENTRY}
     found = restore(parser, ["validate"], parse(parser, []), checkpoint)
     assert found["data"] == {
         "corpus": "a.txt", "split": "tail", "val_fraction": 0.2, "tokenizer": "char",
         "block_size": 16, "vocabulary": "abc",
+    }  # fmt: skip
+
+
+def test_a_run_of_python_keeps_its_optimizer_when_the_command_line_resumes_it(parser):
+    module = {"optimizer": {"optimizer": "adamw", "learning_rate": 0.5}, "model": {}, "seed": 3,
+              "eval_iters": 2}  # fmt: skip
+    checkpoint = {"gpt_lightning": ENTRY, "hyper_parameters": module}
+    found = restore(parser, ["fit"], parse(parser, []), checkpoint)
+    assert found["model"] == {
+        "name": "lecture", "n_layer": 1, "optimizer": "adamw", "learning_rate": 0.5, "eval_iters": 2
     }  # fmt: skip
 
 
@@ -170,7 +189,10 @@ def test_settings_are_plain_types_throughout(parser):
 def test_callbacks_added_on_resume_keep_those_of_the_checkpoint(parser):
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping",
                 "init_args": {"monitor": "loss/val"}}  # fmt: skip
-    settings = {**settings_from_entry(ENTRY), "trainer": {"callbacks": [stopping], "max_steps": 9}}
+    settings = {
+        **settings_without_command({"gpt_lightning": ENTRY}),
+        "trainer": {"callbacks": [stopping], "max_steps": 9},
+    }
     checkpoint = {"gpt_lightning": {**ENTRY, "settings": settings}}
     for flag, count in (("callbacks+", 2), ("callbacks", 1)):
         argv = ["fit", f"--trainer.{flag}=ModelCheckpoint"]
@@ -179,9 +201,11 @@ def test_callbacks_added_on_resume_keep_those_of_the_checkpoint(parser):
         assert found["trainer"]["max_steps"] == 9
 
 
-def test_a_number_of_epochs_given_on_resume_replaces_the_stored_number_of_steps(parser):
-    settings = {**settings_from_entry(ENTRY), "trainer": {"max_steps": 9}}
+def test_a_length_given_on_resume_replaces_the_stored_one(parser):
+    settings = {**settings_without_command({"gpt_lightning": ENTRY}), "trainer": {"max_steps": 9}}
     checkpoint = {"gpt_lightning": {**ENTRY, "settings": settings}}
-    argv = ["fit", "--trainer.max_epochs=3"]
-    found = restore(parser, argv, parse(parser, argv[1:]), checkpoint)
-    assert found["trainer"] == {"max_epochs": 3}
+    for given, stored in (("max_epochs", "max_steps"), ("max_steps", "max_epochs")):
+        settings["trainer"] = {stored: 9}
+        argv = ["fit", f"--trainer.{given}=30"]
+        found = restore(parser, argv, parse(parser, argv[1:]), checkpoint)
+        assert found["trainer"] == {given: 30}

@@ -96,7 +96,10 @@ class TrainLoader(Loader):
 
 
 class ExactLoader(Loader):
-    """Held-out text, each token once over all ranks; short windows at the end of a span alone."""
+    """Batches of the validation text, divided among the ranks: each token is predicted once.
+
+    A span may end with a window shorter than block_size. Such a window is a batch of its own.
+    """
 
     def __init__(self, data: "TextDataModule", batch_size: int):
         super().__init__(data)

@@ -1,8 +1,9 @@
 """The corpus as token ids in one memory-mapped .npy file, built once and kept in the cache.
 
-A build reads the text in constant memory: for its digest, for the vocabulary (unless one is given),
-to encode it, and for the digest again. Later starts read it once, for the digest: a run must never
-train on an earlier version of its text.
+To build the file, `prepare_tokens` reads the text up to four times, in constant memory: to compute
+its digest, to collect the vocabulary (unless one is given), to encode it, and to check that the
+digest is unchanged. Later runs read the text once and compute its digest, so that a run never
+trains on an earlier version of its text.
 """
 
 import contextlib

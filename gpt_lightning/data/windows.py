@@ -63,12 +63,13 @@ def permute(index: np.ndarray, n: int, *keys: int | np.ndarray) -> np.ndarray:
 
 
 class SlidingWindows:
-    """Windows at a fixed stride, each once an epoch, in random order; each epoch has a new phase.
+    """Windows at a fixed stride, each once per epoch, in random order.
 
-    With a stride of `block_size` an epoch visits every character once, and over epochs every
-    character is seen at every position in a window (the random phase of d2l.ai's sequential
-    iterator, shuffled). An epoch leaves out at most `block_size + stride` characters at the ends
-    of each span, others in each epoch.
+    In each epoch a new random offset, the phase, shifts all windows of a span, as in d2l.ai's
+    sequential iterator. With a stride of `block_size`, an epoch visits every character once, except
+    at most `block_size + stride` characters at the ends of each span. Because of the phase, each
+    epoch leaves out different characters, and over many epochs a character appears at every
+    position in a window.
 
     Args:
         spans: the pieces of text; no window reaches beyond one.

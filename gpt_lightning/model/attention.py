@@ -38,10 +38,11 @@ def causal_attention(
 
 
 class KVCache:
-    """Keys and values of the tokens so far, so that a new token costs one token's work.
+    """Stores the keys and values of earlier tokens, so that a model computes only the new tokens.
 
-    A model fills it: with a cache, it computes only the tokens of a window that come after the
-    first `length`. Each layer has keys and values (B, H, N, D), where N grows by `STEP`.
+    The caller passes the whole window and the cache to the model. The model skips the first
+    `length` tokens of the window, computes the others and adds their keys and values to the cache.
+    Each layer has keys and values (B, H, N, D), where N grows by `STEP`.
 
     Attributes:
         length: number of tokens whose keys and values are stored.

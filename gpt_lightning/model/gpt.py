@@ -187,8 +187,10 @@ class GPT(nn.Module):
         self.zero_init()
 
     def zero_init(self) -> None:
-        """Begin as uniform predictions from token embeddings alone: what is added to them, and
-        every head, is zero."""
+        """Set to zero all heads and all layers whose output is added to the token embeddings.
+
+        The initial predictions are therefore uniform.
+        """
         zeros = [self.pair_embedding, *self.ngram_embeddings, self.lm_head, *self.multi_token_heads]
         zeros += [layer.proj for block in self.blocks for layer in (block.attn, block.mlp)]
         for module in zeros:

@@ -1,8 +1,9 @@
-"""The lecture's models: the bigram table, and the GPT that it grows into.
+"""The lecture's models: the bigram model and the GPT.
 
-With its defaults, `LectureGPT` is the lecture's final GPT. The switches of `LectureConfig` take its
-ideas away one by one, down to the first rung of the ladder in `configs/lecture/`. Every rung equals
-`tests/lecture_oracle.py`, which writes each of them out as the lecture does.
+With its defaults, `LectureGPT` is the lecture's final GPT. Each switch of `LectureConfig` turns off
+one of its ideas, so that the configs in `configs/lecture/` can describe every model of the lecture.
+`tests/lecture_oracle.py` writes out each of these models as the lecture does; the tests check that
+both compute the same.
 
 Legend: B batch, T time (at most block_size), C channels (n_embd), H heads, D head size (C / H),
 V vocabulary.

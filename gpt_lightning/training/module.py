@@ -205,7 +205,7 @@ class GPTModule(LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             gradients = [p.grad for p in parameters if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-            # a GPU is not asked for the norm: that would wait for all it has to do
+            # On a GPU, clip without reading the norm: reading it would wait for all queued kernels.
             on_cpu = self.device.type == "cpu"
             if gradient_clip_val and not (on_cpu and float(self.grad_norm) <= gradient_clip_val):
                 torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
@@ -214,8 +214,11 @@ class GPTModule(LightningModule):
             self.check_finite(step)
 
     def check_finite(self, step: int) -> None:
-        """Raise a UserError if the newest loss or gradient norm, of step number `step`, is not
-        finite: before the step is taken on a CPU, and before anything is saved on a GPU."""
+        """Raise a UserError if the loss or the gradient norm of step number `step` is not finite.
+
+        On a CPU this is checked before every optimizer step. On a GPU it is checked every
+        `log_every_n_steps` steps and before a checkpoint is saved.
+        """
         if self.next_token_loss is None:
             return
         loss = float(self.next_token_loss)

@@ -160,8 +160,8 @@ class MuonAdamW(torch.optim.Optimizer):
     as fast as frequent ones. AdamW is Loshchilov & Hutter 2019, arXiv:1711.05101.
 
     Args:
-        groups: parameter groups. A group with `muon=True` holds matrices; of those with the same
-            sides, either all or none have a gradient in a step.
+        groups: parameter groups. A group with `muon=True` contains only matrices. In each step,
+            either all or none of the matrices of one shape (or its transpose) have a gradient.
         lr: learning rate of groups that do not set their own.
         betas: AdamW's decay rates of the averaged gradient and its square.
         eps: added to AdamW's denominator.

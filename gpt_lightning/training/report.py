@@ -105,7 +105,8 @@ def closing_table(
         command = shell_command("generate", f"--ckpt_path={path}")
         rows.append(("generate", f'{command} --prompt "..."'))
     timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
-    if keeper is not None and any(timer.time_remaining() <= 0 for timer in timers):
+    time_left = [timer.time_remaining() for timer in timers]
+    if keeper is not None and any(left is not None and left <= 0 for left in time_left):
         rows.append(("resume", resume_command(keeper.last_path, "--trainer.max_time=null")))
     width = max(len(name) for name, _ in rows)
     return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -129,15 +129,17 @@ class BestAndLast(Checkpoint):
         """
         if self.lock is not None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
                 f"another process trains in {folder.parent}; wait for its end, or choose another "
                 "default_root_dir"
             ) from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror})") from error
         except NotImplementedError:  # some network file systems have no locks
             return
         self.lock = lock
