@@ -17,9 +17,9 @@ from gpt_lightning.errors import UserError
 def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that replaces `path` in one step when the block ends without an error.
 
-    At every moment `path` is the complete old file or the complete new one, also after a power
-    cut. Only one process may write `path` at a time (callers hold a lock): the temporary file
-    beside it has a fixed name, so the next writer overwrites what a killed one left.
+    `path` is always the complete old file or the complete new one, even after a power cut.
+    Callers hold a lock: the temporary file beside it has a fixed name, so that the next writer
+    overwrites what a killed one left.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -42,15 +42,11 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
 
 def _replace(source: Path, target: Path) -> None:
     """`os.replace`, retried for two seconds: virus scanners on Windows open new files briefly."""
-    end = time.monotonic() + 2
-    while True:
-        try:
-            os.replace(source, target)
-            return
-        except PermissionError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+    for _ in range(40):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.05)
+    os.replace(source, target)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -63,9 +59,9 @@ def file_sha256(path: str | Path) -> str:
 
 
 def cache_dir() -> Path:
-    """The folder for files that can be made again; created if it is missing.
+    """The folder for files that can be made again, created if missing.
 
-    It is `$GPT_LIGHTNING_CACHE`, or the user's cache folder of this system.
+    `$GPT_LIGHTNING_CACHE`, or the user's cache folder of this system.
 
     Raises:
         UserError: if the folder cannot be created.

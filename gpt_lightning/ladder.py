@@ -21,13 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 from gpt_lightning.checkpoint import KEY, read_checkpoint
 from gpt_lightning.config_files import CONFIGS, load_config
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError
-from gpt_lightning.files import write_atomically
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.lightning_cli import run_trainer
 from gpt_lightning.model import num_parameters
@@ -40,23 +38,15 @@ class Row:
 
     name: str
     title: str
-    parameters: int | None = None
+    parameters: int = 0
     losses: list[float] = field(default_factory=list)  # exact, one for each seed
     estimates: list[float] = field(default_factory=list)  # the lecture's, if the config asks for it
     speeds: list[float] = field(default_factory=list)  # characters per second in training
     floor: float | None = None
     sample: str = ""
 
-    @property
-    def loss_text(self) -> str:
-        """Mean and standard deviation over the seeds, for people."""
-        if not self.losses:
-            return "needs a GPU"
-        spread = f" ± {statistics.stdev(self.losses):.4f}" if len(self.losses) > 1 else ""
-        return f"{mean(self.losses):.4f}{spread}"
-
     def figures(self) -> dict:
-        """The row for programs; None where a figure is missing."""
+        """The columns of ladder.csv; None where a figure is missing."""
         return {
             "name": self.name,
             "rung": self.title,
@@ -79,33 +69,27 @@ def climb(argv: list[str]) -> int:
     """The command `climb`; returns its exit code.
 
     Raises:
-        UserError: for a wrong flag, or a folder that has results of other settings.
+        UserError: for a wrong flag, or a folder that has runs of other flags or configs.
     """
     args, flags = parse(argv)
-    rungs = find_rungs(args.configs, args.rungs)
-    check_same_settings(args.out, rungs, flags)
-    skipped = []
-    if not (args.rungs or torch.cuda.is_available()):
-        skipped = [rung for rung in rungs if rung.stem.endswith("_gpu")]
-    runs = (len(rungs) - len(skipped)) * len(args.seeds)
-    rows, settings = [], None
-    with tqdm(total=runs, unit="run", disable=None) as bar:  # no bar if stderr is not a terminal
-        for rung in rungs:
-            row = Row(rung.stem, title(rung))
-            for seed in [] if rung in skipped else args.seeds:
-                folder = args.out / rung.stem / f"seed_{seed}"
-                bar.set_description(f"{rung.stem}, seed {seed}")
-                code = fit(rung, seed, folder, flags)
-                if code:
-                    bar.write("stopped; the same command resumes")
-                    return code
-                add_results(row, folder)
-                settings = settings or settings_of(folder)
-                bar.update()
-            rows.append(row)
-            bar.write(f"{row.title:<24} {row.loss_text}")
-    if settings is not None:
-        write_results([counted_bigram(settings), *rows], settings["data"]["corpus"], args.out)
+    rows: list[Row] = []
+    for rung in find_rungs(args.configs, args.rungs):
+        if not args.rungs and rung.stem.endswith("_gpu") and not torch.cuda.is_available():
+            print(f"{rung.stem} is skipped: it needs a GPU")
+            continue
+        row = Row(rung.stem, title(rung))
+        for seed in args.seeds:
+            folder = args.out / rung.stem / f"seed_{seed}"
+            if code := fit(rung, seed, folder, flags):
+                print("stopped; the same command resumes")
+                return code
+            add_results(row, folder)
+            print(f"{row.title}, seed {seed}: {row.losses[-1]:.4f}", flush=True)
+        rows.append(row)
+    if rows:
+        first = args.out / rows[0].name / f"seed_{args.seeds[0]}"
+        data = read_checkpoint(last_checkpoint(first))[KEY]["settings"]["data"]
+        write_results([counted_bigram(data), *rows], data["corpus"], args.out)
     return 0
 
 
@@ -115,31 +99,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m gpt_lightning climb",
         usage="%(prog)s [--out DIR] [--seeds N,N,...] [--rungs NAME,...] [any flag of fit]",
         description="Train every config of a folder with several seeds, and write a table and a "
-        "picture. If it is interrupted, the same command resumes. Flags of fit are passed to every "
-        "run, for example --data.corpus=tinyshakespeare.",
+        "picture. The same command resumes it. Flags of fit are passed to every run, for example "
+        "--data.corpus=tinyshakespeare.",
         allow_abbrev=False,
     )
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
     add = parser.add_argument
     add("--out", type=Path, default="ladder", metavar="DIR", help="(default: ladder)")
-    add(
-        "--configs",
-        default="lecture",
-        metavar="DIR",
-        help="the rungs, in the order of their names: a folder, or the name of a shipped one "
-        "(default: lecture)",
-    )
-    add("--seeds", default="1337,1338,1339", metavar="N,N", help="(default: 1337,1338,1339)")
-    add(
-        "--rungs",
-        type=lambda text: text.split(","),
-        metavar="NAME,NAME",
-        help="only these (default: all; those that end in _gpu only with a GPU)",
-    )
+    help_configs = "folder of the rungs, or a shipped one (default: lecture)"
+    add("--configs", default="lecture", metavar="DIR", help=help_configs)
+    default = "1337,1338,1339"
+    add("--seeds", type=numbers, default=default, metavar="N,N", help=f"(default: {default})")
+    help_rungs = "only these (default: all; those that end in _gpu only with a GPU)"
+    add("--rungs", type=lambda text: text.split(","), metavar="NAME,NAME", help=help_rungs)
     args, flags = parser.parse_known_args(argv)
-    try:
-        args.seeds = list(dict.fromkeys(int(seed) for seed in args.seeds.split(",")))
-    except ValueError:
-        raise UserError(f"--seeds={args.seeds} must be numbers, such as 1337,1338") from None
     for flag, instead in (("--seed_everything", "--seeds"), ("--ckpt_path", "--out")):
         if any(given.split("=")[0] == flag for given in flags):
             raise UserError(f"{flag} is set by climb; use {instead}")
@@ -164,28 +140,6 @@ def title(rung: Path) -> str:
     return first_line.removeprefix("#").partition(":")[0].strip()
 
 
-def check_same_settings(out: Path, rungs: list[Path], flags: list[str]) -> None:
-    """Raise a UserError if runs in `out` had other flags or configs; note those of this climb."""
-    path = out / "climb.json"
-    known: dict = {"flags": flags, "configs": {}}
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-    if known["flags"] != flags:
-        raise UserError(
-            f"--out={out} has results of the flags {' '.join(known['flags']) or '(none)'}; "
-            "give the same flags, or another --out"
-        )
-    for rung in rungs:
-        config = load_config(rung)
-        if known["configs"].setdefault(rung.stem, config) != config:
-            raise UserError(
-                f"--out={out} has results of another version of {rung}; give another --out"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        file.write(json.dumps(known, indent=1).encode())
-
-
 # one run
 
 
@@ -193,21 +147,26 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / "checkpoints" / "last.ckpt"
 
 
-def settings_of(folder: Path) -> dict:
-    """All settings of a run, from its checkpoint."""
-    return read_checkpoint(last_checkpoint(folder))[KEY]["settings"]
-
-
 def fit(rung: Path, seed: int, folder: Path, flags: list[str]) -> int:
-    """Start or resume the run of one rung and seed, unless it is complete; returns an exit code."""
+    """Start or resume the run of one rung and seed, unless it is complete; returns an exit code.
+
+    Raises:
+        UserError: if the folder has a run with other flags or another version of the config.
+    """
     argv = ["fit", f"--config={rung}", *flags, f"--seed_everything={seed}"]
+    settings, note = [flags, load_config(rung)], folder.with_suffix(".json")
     last = last_checkpoint(folder)
     if last.exists():
+        if json.loads(note.read_text(encoding="utf-8")) != settings:
+            raise UserError(f"{folder} has a run with other flags or configs; give another --out")
         checkpoint = read_checkpoint(last)
         steps = checkpoint[KEY]["settings"]["trainer"].get("max_steps", math.inf)
         if checkpoint["global_step"] >= steps:
             return 0
         argv = ["fit", f"--ckpt_path={last}"]
+    else:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):  # the table is the summary of all runs
         return run_trainer(argv, folder=folder)
 
@@ -229,15 +188,14 @@ def add_results(row: Row, folder: Path) -> None:
 
 def sample_line(generator: TextGenerator) -> str:
     """The first line of 24 characters or more that a model generates, cut after 56."""
-    lines = generator.generate(max_new_tokens=400)[0].splitlines()
-    lines = [line.strip() for line in lines] or [""]
-    return next((line for line in lines if len(line) >= 24), max(lines, key=len))[:56]
+    lines = [line.strip() for line in generator.generate(max_new_tokens=400)[0].splitlines()]
+    return next((line[:56] for line in lines if len(line) >= 24), "")
 
 
 @torch.no_grad()
-def counted_bigram(settings: dict) -> Row:
+def counted_bigram(data_settings: dict) -> Row:
     """The row of the bigram model by counting, the optimum that the trained one approaches."""
-    data = TextDataModule(**settings["data"])
+    data = TextDataModule(**data_settings)
     data.prepare_data()
     data.setup()
     config = BigramConfig(vocab_size=data.vocab_size, block_size=data.hparams.block_size)
@@ -247,14 +205,10 @@ def counted_bigram(settings: dict) -> Row:
     nats = 0.0
     for x, y in data.val_dataloader():
         nats += float(F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum"))
-    return Row(
-        "counted",
-        "Counted bigram",
-        num_parameters(model),
-        losses=[nats / data.val_characters],
-        floor=data.val_floor,
-        sample=sample_line(TextGenerator(model, data.tokenizer)),
-    )
+    row = Row("counted", "Counted bigram", num_parameters(model), [nats / data.val_characters])
+    row.floor = data.val_floor
+    row.sample = sample_line(TextGenerator(model, data.tokenizer))
+    return row
 
 
 # table and picture
@@ -267,10 +221,8 @@ def write_results(rows: list[Row], corpus: str, out: Path) -> None:
         writer = csv.DictWriter(file, rows[0].figures())
         writer.writeheader()
         writer.writerows(row.figures() for row in rows)
-    picture = draw(rows, corpus, out / "ladder.png")
-    print(table)
-    print(f"written: {out}/ladder.md, ladder.csv{picture}")
-    print(f"watch:   tensorboard --logdir {out}")
+    draw(rows, corpus, out / "ladder.png")
+    print(f"\n{table}\nwritten to {out}; watch with: tensorboard --logdir {out}")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -278,28 +230,28 @@ def markdown(rows: list[Row]) -> str:
     header = "| rung | parameters | val loss | lecture's estimate | characters/s | sample |\n"
     text = header + "| --- | ---: | ---: | ---: | ---: | --- |\n"
     for row in rows:
-        cells = [row.title, "", row.loss_text, "", "", ""]
-        if row.losses:
-            cells[1] = f"{row.parameters:,}"
-            cells[3] = f"{mean(row.estimates):.4f}" if row.estimates else ""
-            cells[4] = f"{mean(row.speeds):,.0f}" if row.speeds else ""
-            sample = row.sample.replace("|", "\\|").replace("`", "'")
-            cells[5] = f"`{sample}`"
+        loss = f"{mean(row.losses):.4f}"
+        if len(row.losses) > 1:
+            loss += f" ± {statistics.stdev(row.losses):.4f}"
+        estimate = f"{mean(row.estimates):.4f}" if row.estimates else ""
+        speed = f"{mean(row.speeds):,.0f}" if row.speeds else ""
+        sample = "`" + row.sample.replace("|", "\\|").replace("`", "'") + "`"
+        cells = [row.title, f"{row.parameters:,}", loss, estimate, speed, sample]
         text += f"| {' | '.join(cells)} |\n"
-    if rows[0].floor is not None:
-        text += f"\nThe entropy of this text, its floor, is {rows[0].floor:.4f} nats per character."
-    return text + "\n"
+    if (floor := rows[0].floor) is not None:
+        text += f"\nThe entropy of this text, its floor, is {floor:.4f} nats per character.\n"
+    return text
 
 
-def draw(rows: list[Row], corpus: str, path: Path) -> str:
-    """Draw the ladder; returns what to add to the list of files written."""
+def draw(rows: list[Row], corpus: str, path: Path) -> None:
+    """Draw the ladder, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return ' (for a picture: pip install "matplotlib>=3.8")'
-    rows = [row for row in rows if row.losses]
+        print('no picture: it needs pip install "matplotlib>=3.8"')
+        return
     means, places = [statistics.mean(row.losses) for row in rows], range(len(rows))
-    seeds, floor = max(len(row.losses) for row in rows), rows[0].floor
+    floor = rows[0].floor
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.step(means, places, where="post", color="0.75", linewidth=1, zorder=1)
@@ -318,10 +270,9 @@ def draw(rows: list[Row], corpus: str, path: Path) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("loss on held-out text, nats per character (lower is better)")
     figure.suptitle("What each idea of the lecture gains", fontweight="bold")
-    shown = f"mean of {seeds} seeds (small dots)" if seeds > 1 else "one seed"
-    axes.set_title(f"{corpus}: {shown}; in brackets the change from the rung above", fontsize=9)
+    shown = "mean of the seeds (small dots); in brackets the change from the rung above"
+    axes.set_title(f"{corpus}: {shown}", fontsize=9)
     axes.margins(x=0.16)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(path)
-    return f", {path.name}"

@@ -12,11 +12,12 @@ import time
 import warnings
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -37,9 +38,8 @@ from gpt_lightning.checkpoint import (
 )
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, with_flags
-from gpt_lightning.model import CONFIGS, ModelConfig, config_from_dict
+from gpt_lightning.model import CONFIGS, config_from_dict
 from gpt_lightning.settings import (
-    FROM_DATA,
     Settings,
     build_parser,
     check_trainer_settings,
@@ -48,7 +48,7 @@ from gpt_lightning.settings import (
     parse,
     restore,
 )
-from gpt_lightning.training.callbacks import GenerateText, PredictionFile, RunProgressBar
+from gpt_lightning.training.callbacks import GenerateText, Predictions, RunProgressBar
 from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
@@ -151,7 +151,7 @@ def build(
     data.setup("fit" if command == "fit" else "validate")
     module = build_module(settings["model"], data, seed)
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
-    settings["model"] = flat_settings(module)
+    settings["model"] = module.settings()["model"]
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint["global_step"]
@@ -168,8 +168,12 @@ def build(
         if options.get("precision") is None:
             width = getattr(module.config, "n_embd", 0)
             options["precision"], reason = choose_precision(device, width)
-        logger = default_logger(options, path and run_folder(path), folder, first_step)
-    trainer = build_trainer(parser, options, own_callbacks(command, settings, reason), logger)
+        if not options.get("fast_dev_run") and not options.get("barebones"):
+            root = Path(options.get("default_root_dir") or ".")
+            folder = (path and run_folder(path)) or folder or new_run_folder(root / LOGS)
+            logger = default_logger(folder, first_step)
+    callbacks = own_callbacks(command, settings, reason, folder)
+    trainer = build_trainer(parser, options, callbacks, logger)
     module.run_settings = {k: v for k, v in settings.items() if k != "ckpt_path"}
     return Run(command, settings, data, module, trainer, path, first_step)
 
@@ -188,14 +192,6 @@ def build_module(given: dict[str, Any], data: TextDataModule, seed: int) -> GPTM
         else:
             other[name] = value
     return GPTModule(config_from_dict(model), OptimizerConfig(**optimizer), seed=seed, **other)
-
-
-def flat_settings(module: GPTModule) -> dict[str, Any]:
-    """All `--model.*` settings of a module, given or not."""
-    config: ModelConfig = module.config
-    model = {k: v for k, v in asdict(config).items() if k not in FROM_DATA}
-    other = {k: v for k, v in module.hparams.items() if k not in ("seed", "model", "optimizer")}
-    return {"name": config.name, **model, **asdict(module.optimizer_config), **other}
 
 
 def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str, int]:
@@ -240,7 +236,9 @@ def build_trainer(
         raise UserError(f"{error} ({flags})") from error
 
 
-def own_callbacks(command: str, settings: Settings, precision_reason: str) -> list[Callback]:
+def own_callbacks(
+    command: str, settings: Settings, precision_reason: str, folder: Path | None
+) -> list[Callback]:
     """Ours; the module adds `TrainingMetrics`."""
     trainer = settings["trainer"]
     callbacks: list[Callback] = []
@@ -248,28 +246,20 @@ def own_callbacks(command: str, settings: Settings, precision_reason: str) -> li
         callbacks.append(RunProgressBar())
     if command != "fit":
         return callbacks
-    callbacks.append(Introduction(settings, precision_reason))
+    callbacks.append(Introduction(settings, precision_reason, folder))
     callbacks.append(GenerateText(**settings["sample"]))
     if trainer.get("enable_checkpointing", True) and not trainer.get("barebones"):
-        callbacks.append(BestAndLast(**settings["checkpoint"]))
+        checkpoints = folder and folder / "checkpoints"
+        callbacks.append(BestAndLast(**settings["checkpoint"], folder=checkpoints))
     return callbacks
 
 
-def default_logger(
-    trainer: dict[str, Any], resumed: Path | None, folder: Path | None, first_step: int
-) -> TensorBoardLogger | None:
-    """TensorBoard's, in the folder of the resumed run, in `folder`, or in a new one."""
-    if trainer.get("logger", True) not in (None, True) or trainer.get("fast_dev_run"):
-        return None
-    if trainer.get("barebones"):
-        return None
-    folder = resumed or folder
-    if folder is None and rank_zero_only.rank == 0:
-        folder = new_run_folder(Path(trainer.get("default_root_dir") or ".") / LOGS)
+def default_logger(folder: Path, first_step: int) -> TensorBoardLogger:
+    """TensorBoard's, in the run's folder."""
     return TensorBoardLogger(
-        folder.parent.parent if folder else trainer.get("default_root_dir") or ".",
-        name=folder.parent.name if folder else LOGS,
-        version=folder.name if folder else None,
+        folder.parent.parent,
+        name=folder.parent.name,
+        version=folder.name,
         default_hp_metric=False,
         purge_step=first_step + 1,  # hides what a killed run logged after its checkpoint
         flush_secs=10,
@@ -277,7 +267,13 @@ def default_logger(
 
 
 def new_run_folder(parent: Path) -> Path:
-    """Create the next free `version_N`; two runs that start at once get different ones."""
+    """Create the next free `version_N`; two runs that start at once get different ones.
+
+    The first process of a run does it for all. The others receive the name in
+    `BestAndLast.setup` and do not use the one that this returns.
+    """
+    if rank_zero_only.rank != 0:
+        return parent / "version"
     make_folder(parent)
     for number in count():
         folder = parent / f"version_{number}"
@@ -297,9 +293,8 @@ def fit(run: Run) -> None:
     trainer, module, data = run.trainer, run.module, run.data
     keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
     check_prompt(run)
-    if keeper is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-        # before the Trainer opens the logger, which writes into the folder
-        keeper.claim(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+    if keeper is not None and keeper.folder is not None and trainer.is_global_zero:
+        keeper.claim(keeper.folder)  # before the Trainer opens the logger, which writes there
     began = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=run.path)
@@ -368,11 +363,13 @@ def predict(run: Run) -> None:
     """Write the cost in nats of each held-out token to `predictions.npz`."""
     folder = Path(run.trainer.default_root_dir)
     make_folder(folder)
+    predictions = Predictions()
+    run.trainer.callbacks.append(predictions)
+    run.trainer.predict(run.module, run.data, ckpt_path=run.path, return_predictions=False)
+    if not predictions.count:
+        raise UserError("--trainer.limit_predict_batches=0 leaves nothing to predict")
     names = (f"predictions{n and f'-{n}' or ''}.npz" for n in count())
     path = next(folder / name for name in names if not (folder / name).exists())
-    writer = PredictionFile(path)
-    run.trainer.callbacks.append(writer)
-    run.trainer.predict(run.module, run.data, ckpt_path=run.path, return_predictions=False)
-    if not writer.count:
-        raise UserError("--trainer.limit_predict_batches=0 leaves nothing to predict")
-    print(f"{writer.count:,} tokens, {writer.mean:.4f} nats each: {path} (ids, nats)")
+    np.savez(path, ids=predictions.ids, nats=predictions.nats)
+    mean = predictions.nats.mean(dtype=np.float64)
+    print(f"{predictions.count:,} tokens, {mean:.4f} nats each: {path} (ids, nats)")

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Trainer
 
 from gpt_lightning.checkpoint import KEY, trusted_settings
-from gpt_lightning.config_files import expand_configs, find_config, load_config
+from gpt_lightning.config_files import expand_configs
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, did_you_mean
 from gpt_lightning.model import CONFIGS
@@ -54,7 +54,7 @@ def build_parser(command: str, description: str = "") -> ArgumentParser:
     parser.add_class_arguments(TextDataModule, "data", skip={"seed"}, instantiate=False)
     add_model_arguments(parser)
     parser.add_class_arguments(GenerateText, "sample", instantiate=False)
-    parser.add_class_arguments(BestAndLast, "checkpoint", instantiate=False)
+    parser.add_class_arguments(BestAndLast, "checkpoint", skip={"folder"}, instantiate=False)
     parser.add_class_arguments(
         Trainer, "trainer", instantiate=False, sub_configs=True, fail_untyped=False
     )
@@ -94,7 +94,7 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     try:
         namespace = parser.parse_args(expanded, defaults=False)
     except ArgumentError as error:
-        message = unknown_name(argv, parser) or str(error)
+        message = unknown_flag(argv, parser) or str(error)
         raise UserError(message) from error
     text = parser.dump(namespace, skip_unset=False, skip_validation=True)
     given = yaml.safe_load(text) or {}  # plain types only
@@ -109,27 +109,14 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     return settings
 
 
-def unknown_name(argv: list[str], parser: ArgumentParser) -> str | None:
-    """A message about the first flag, or setting of a config, that does not exist."""
-    known = {"help", *parser.get_defaults().keys()}
-
-    def is_known(name: str) -> bool:
-        return name in known or any(name.startswith(f"{flag}.") for flag in known)
-
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, value = arg.partition("=")
-        name = flag.removeprefix("--").removesuffix("+")
-        if flag in ("-c", "--config"):
-            path = find_config(value if equals else following)
-            for section, settings in load_config(path).items():
-                keys = settings if section in SECTIONS and isinstance(settings, dict) else [""]
-                for key in (f"{section}.{key}".rstrip(".") for key in keys):
-                    if key not in SECTIONS and not is_known(key):
-                        hint = did_you_mean(key, known)
-                        return f"--config={path}: unknown setting {key}{hint}"
-        elif flag.startswith("--") and not is_known(name):
-            hint = did_you_mean(f"--{name}", [f"--{flag}" for flag in known])
-            return f"unknown flag --{name}{hint}"
+def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
+    """A message about the first flag that does not exist, or None."""
+    known = [f"--{path}" for path in ("help", *parser.get_defaults().keys())]
+    for arg in argv:
+        flag = arg.split("=")[0].removesuffix("+")
+        nested = any(flag.startswith(f"{name}.") for name in known)
+        if flag.startswith("--") and flag not in known and not nested:
+            return f"unknown flag {flag}{did_you_mean(flag, known)}"
     return None
 
 
@@ -147,7 +134,7 @@ def restore(
     given = set(settings["trainer"])
     if any(arg.startswith("--trainer.callbacks+") for arg in argv):
         given -= {"callbacks"}  # they are added to the checkpoint's
-    stored = trusted_settings(entry.get("settings") or settings_without_command(checkpoint), given)
+    stored = trusted_settings(entry["settings"], given)
     for length, other in (("max_steps", "max_epochs"), ("max_epochs", "max_steps")):
         if length in given and other not in given:
             stored["trainer"].pop(other, None)  # the run is to be as long as the user says
@@ -161,22 +148,6 @@ def restore(
             "checkpoint; drop the flag, or start a new run without --ckpt_path"
         )
     return restored
-
-
-def settings_without_command(checkpoint: dict) -> Settings:
-    """Settings of a run that was started from Python: what its checkpoint knows of them."""
-    entry = checkpoint[KEY]
-    module = dict(checkpoint.get("hyper_parameters", {}))
-    model = {**entry["model"], **module.pop("optimizer", {}), **module}
-    data = {
-        "corpus": entry["corpus"]["name"],
-        "split": entry["corpus"]["split"],
-        "val_fraction": entry["corpus"]["val_fraction"],
-        "tokenizer": entry["tokenizer"]["kind"],
-        "block_size": entry["model"]["block_size"],
-    }
-    model = {k: v for k, v in model.items() if k not in (*FROM_DATA, "model", "seed")}
-    return {"data": data, "model": model, "trainer": {}, "sample": {}, "checkpoint": {}}
 
 
 def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:

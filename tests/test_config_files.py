@@ -1,5 +1,6 @@
 """Configs found by path or name, and configs based on others."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,6 @@ def write(path: str, **settings) -> Path:
     return Path(path)
 
 
-def flat(settings: dict, prefix: str = "") -> dict:
-    """{"model": {"n_layer": 1}} -> {"model.n_layer": 1}"""
-    found = {}
-    for key, value in settings.items():
-        nested = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        found |= {prefix + key: value} if nested is None else nested
-    return found
-
-
 # --- finding --------------------------------------------------------------------------------------
 
 
@@ -50,21 +42,12 @@ def test_a_file_is_found_by_its_path_and_wins_over_a_shipped_name(folder, monkey
 
 
 @pytest.mark.parametrize(
-    "name, suggestion",
-    [
-        ("lecture/08_residuals", "lecture/08_residual"),
-        ("configs/cpu/minutes_5.yaml", "cpu/minutes_5"),
-        ("mine.yaml", None),
-        ("", None),
-    ],
+    ("name", "end"),
+    [("lecture/08_residuals", "did you mean lecture/08_residual?"), ("mine.yaml", "that name")],
 )
-def test_an_unknown_name_is_an_error_that_suggests_the_nearest(name, suggestion):
-    with pytest.raises(UserError) as error:
+def test_an_unknown_name_is_an_error_that_suggests_the_nearest(name, end):
+    with pytest.raises(UserError, match=f"^config={name}: no such .*{re.escape(end)}$"):
         find_config(name)
-    assert str(error.value).startswith("config") and str(error.value).startswith(
-        f"config={name}: no such"
-    )
-    assert str(error.value).endswith(f"did you mean {suggestion}?" if suggestion else "that name")
 
 
 # --- bases ----------------------------------------------------------------------------------------
@@ -87,28 +70,25 @@ def test_a_base_is_relative_to_its_config_or_a_shipped_name(folder):
     assert mine == {**shipped, "model": {**shipped["model"], "n_layer": 7}}
 
 
-@pytest.mark.parametrize("base", ["absent.yaml", ".", 7, ["a.yaml"]])
+@pytest.mark.parametrize("base", ["absent.yaml", ".", 7])
 def test_a_missing_base_is_an_error_that_names_both_files(base):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^config=b.yaml: base: {base}: no such file"):
         load_config(write("b.yaml", base=base))
-    assert str(error.value).startswith(f"config=b.yaml: base: {base}: no such file")
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 3])
 def test_a_base_that_leads_back_to_itself_is_an_error(length):
     for n in range(length):
         write(f"{n}.yaml", base=f"../{Path.cwd().name}/{(n + 1) % length}.yaml")
-    for start in (Path("0.yaml"), write("start.yaml", base="0.yaml")):
-        with pytest.raises(UserError, match=f"config={start}: base: .* leads back to itself"):
-            load_config(start)
+    with pytest.raises(UserError, match="config=0.yaml: base: .* leads back to itself"):
+        load_config(Path("0.yaml"))
 
 
-@pytest.mark.parametrize("content", [b"base: [plain.yaml", b"base: \xff\xfe", b"- base", b"text"])
+@pytest.mark.parametrize("content", [b"base: [plain.yaml", b"base: \xff\xfe", b"- base"])
 def test_a_file_that_is_no_mapping_is_an_error_in_one_line(content):
     Path("broken.yaml").write_bytes(content)
-    with pytest.raises(UserError, match="config=broken.yaml") as error:
+    with pytest.raises(UserError, match="config=broken.yaml [^\n]*$"):
         load_config(Path("broken.yaml"))
-    assert "\n" not in str(error.value)
 
 
 def test_an_empty_file_changes_nothing():
@@ -119,29 +99,15 @@ def test_an_empty_file_changes_nothing():
 # --- on the command line --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags", [["--config", "b.yaml"], ["--config=b.yaml"], ["-c", "b.yaml"], ["-c=b.yaml"]]
-)
-def test_every_spelling_of_the_flag_is_expanded(flags):
+def test_every_spelling_of_the_flag_is_expanded_in_order():
     write("a.yaml", model={"n_layer": 1, "n_head": 3})
     write("b.yaml", base="a.yaml", model={"n_layer": 2})
-    argv = expand_configs(["fit", "--model.n_head=2", *flags, "--trainer.max_steps", "5"])
-    assert argv[:2] == ["fit", "--model.n_head=2"] and argv[3:] == ["--trainer.max_steps", "5"]
-    settings = yaml.safe_load(argv[2].removeprefix("--config="))
-    assert settings == {"model": {"n_layer": 2, "n_head": 3}}
-
-
-def test_configs_keep_their_order():
-    a = write("a.yaml", model={"n_layer": 1})
-    write("b.yaml", base="a.yaml")
-    argv = expand_configs(["--config", "b.yaml", "--config=a.yaml", "--config", "laptop"])
-    settings = [yaml.safe_load(arg.removeprefix("--config=")) for arg in argv]
-    assert settings == [load_config(a), load_config(a), load_config(CONFIGS / "laptop.yaml")]
-
-
-def test_other_arguments_are_left_alone():
-    argv = ["fit", "--sample.prompt", "base: plain.yaml", "--ckpt_path=last"]
-    assert expand_configs(argv) == argv
+    argv = ["fit", "--config", "b.yaml", "--config=a.yaml", "-c", "b.yaml", "-c=laptop", "--x=1"]
+    command, *configs, rest = expand_configs(argv)
+    assert (command, rest) == ("fit", "--x=1")
+    settings = [yaml.safe_load(config.removeprefix("--config=")) for config in configs]
+    a, b = load_config(Path("a.yaml")), {"model": {"n_layer": 2, "n_head": 3}}
+    assert settings == [b, a, b, load_config(CONFIGS / "laptop.yaml")]
 
 
 # --- the lecture's chain --------------------------------------------------------------------------
@@ -150,14 +116,6 @@ def test_other_arguments_are_left_alone():
 def test_every_rung_is_based_on_the_one_before_it():
     bases = [yaml.safe_load(path.read_text(encoding="utf-8")).get("base") for path in LECTURE]
     assert len(LECTURE) == 13 and bases == [None, *(path.name for path in LECTURE[:-1])]
-
-
-@pytest.mark.parametrize("below, path", list(zip(LECTURE, LECTURE[1:], strict=False)))
-def test_a_rung_holds_only_what_it_changes(below, path):
-    own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    own.pop("base")
-    before = flat(load_config(below))
-    assert own and {k: v for k, v in flat(own).items() if before.get(k, ...) == v} == {}
 
 
 @pytest.mark.parametrize("path", LECTURE, ids=lambda path: path.stem)

@@ -6,7 +6,6 @@ import http.server
 import itertools
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -30,7 +29,6 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(folder))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.delenv("GPT_LIGHTNING_MAX_DOWNLOAD", raising=False)
     return folder
 
 
@@ -39,11 +37,7 @@ def error_of(name, *parts) -> str:
     with pytest.raises(UserError) as caught:
         find_corpus(str(name)).text()
     message = str(caught.value)
-    assert (
-        "\n" not in message
-        and message.startswith("corpus=")
-        and str(caught.value).startswith("corpus")
-    )
+    assert "\n" not in message and message.startswith("corpus=")
     for part in parts:
         assert str(part) in message
     return message
@@ -97,7 +91,7 @@ def test_bytes_that_are_not_utf8_are_reported_with_their_offset(tmp_path, before
 def test_pieces_do_not_grow_with_the_file(tmp_path):
     path = write(tmp_path / "text", "día\r\n" * 100_000)
     pieces = list(Corpus("text", (path,)).chunks(1000))
-    assert max(map(len, pieces)) <= 1000 and len(pieces) >= 600
+    assert max(map(len, pieces)) <= 1000 and len(pieces) >= 400
 
 
 def test_a_file_is_named_by_its_absolute_path(tmp_path, monkeypatch):
@@ -117,10 +111,8 @@ def test_a_file_is_named_by_its_absolute_path(tmp_path, monkeypatch):
     [
         (b"", "empty"),
         (b"\xef\xbb\xbf", "empty"),
-        (b"\x89PNG\r\n\0\0", "binary, NUL byte at byte offset 6"),
-        (b"a" * 9000 + b"\0\xff", "binary: NUL byte at byte offset 9000"),
-        (SHAKESPEARE.encode("utf-16"), "UTF-16, convert it to UTF-8"),
-        ("\ufeff漢字".encode("utf-16-be"), "UTF-16, convert it to UTF-8"),
+        (b"\x89PNG\r\n\0\0", "binary or UTF-16"),
+        (SHAKESPEARE.encode("utf-16"), "binary or UTF-16"),
         ("naïve".encode("latin-1"), "not UTF-8 text: invalid continuation byte at byte offset 2;"),
     ],
 )
@@ -129,29 +121,13 @@ def test_a_file_that_is_not_text_is_refused(tmp_path, data, part):
     error_of(path, path, part)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_a_named_pipe_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    error_of(tmp_path / "pipe", "not a regular file")
-
-
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_refused(tmp_path):
-    path = write(tmp_path / "file", "text")
-    path.chmod(0)
-    error_of(path, path, "Permission denied")
-
-
 @pytest.mark.parametrize(
     ("name", "part"),
     [
         ("tinyshakespear", "did you mean tinyshakespeare?"),
         ("Playwright", "did you mean playwright?"),
-        ("playwrite:7", "did you mean playwright?"),
         ("", "is not found"),
         ("no/such/file.txt", "is not found"),
-        ("file:///etc/hosts", "is not found"),
-        ("x" * 5000, "is not found"),
         ("nul\0", r"'nul\x00' is not found"),
         ("two\nlines", r"'two\nlines' is not found"),
     ],
@@ -160,15 +136,6 @@ def test_an_unknown_name_is_refused_with_what_is_possible(name, part):
     message = error_of(name, part)
     assert "tinyshakespeare" in message and "playwright" in message
     assert ("did you mean" in message) == ("did you mean" in part)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems require UTF-8 names")
-def test_a_file_name_that_is_not_utf8_works(tmp_path):
-    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")
-    Path(name).write_text(SHAKESPEARE)
-    corpus = find_corpus(name)
-    assert corpus.text() == SHAKESPEARE and corpus.name == name
-    assert find_corpus(str(tmp_path)).text() == SHAKESPEARE
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -183,9 +150,8 @@ def test_a_folder_is_its_text_files_in_order_and_names_what_it_leaves_out(tmp_pa
     write(folder / "a-b", "a-b")
     write(folder / "e.txt", "é")
     write(folder / "c.txt", "")
-    write(folder / "d.txt", "\ufeff")
     write(folder / "photo", b"\xff\xd8" + b"x" * 8000 + b"\0")
-    write(folder / "wide.txt", "漢字".encode("utf-16"))
+    write(folder / "wide.txt", "wide".encode("utf-16"))
     write(folder / ".hidden", "hidden")
     write(folder / "a" / ".git" / "config", "hidden")
     write(folder / "lightning_logs" / "version_0" / "metrics.csv", "step,loss\n")
@@ -202,25 +168,22 @@ def test_a_folder_is_its_text_files_in_order_and_names_what_it_leaves_out(tmp_pa
     assert corpus.text() == "a-b\na\na/z\nb, no line end\né"
     assert corpus.name == str(folder)
     assert "".join(corpus.chunks(1)) == corpus.text()
-    left_out = {str(path.relative_to(folder)): reason for path, reason in corpus.left_out}
-    assert left_out == {
-        ".hidden": "hidden",
-        "a/.git": "hidden",
-        "a/cache": "written by runs",
-        "a/checkpoints": "written by runs",
-        "c.txt": "empty",
-        "d.txt": "empty",
-        "lightning_logs": "written by runs",
-        "link": "linked folder",
-        "loop": "linked folder",
-        "nowhere": "not a regular file",
-        "photo": "binary, NUL byte at byte offset 8002",
-        "pipe": "not a regular file",
-        "wide.txt": "UTF-16, convert it to UTF-8",
-    }
-    assert corpus.summary(most=2) == (
-        "5 text files; left out: .hidden (hidden), .git (hidden), 11 more"
+    assert corpus.left_out == (
+        ".git (hidden)",
+        ".hidden (hidden)",
+        "c.txt (empty)",
+        "cache (written by runs)",
+        "checkpoints (written by runs)",
+        "lightning_logs (written by runs)",
+        "link (not a regular file)",
+        "loop (not a regular file)",
+        "nowhere (not a regular file)",
+        "photo (binary or UTF-16)",
+        "pipe (not a regular file)",
+        "wide.txt (binary or UTF-16)",
     )
+    start = "5 text files; left out: .git (hidden), .hidden (hidden), c.txt (empty), cache (written"
+    assert corpus.summary().startswith(start) and corpus.summary().endswith(" runs), ...")
 
 
 def test_the_digest_of_a_folder_depends_on_where_its_files_end(tmp_path):
@@ -279,19 +242,7 @@ def test_a_play_is_generated_once(generated, cache):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "playwright:",
-        "playwright:x",
-        "playwright:-1",
-        "playwright:1.5",
-        "playwright:1:0",
-        "playwright:1:1e6",
-        "playwright:1:10000000001",
-        "playwright:1:2:3",
-        "playwright:" + "9" * 5000,
-        "playwright:٣",
-        "playwright:1\n:5",
-    ],
+    ["playwright:", "playwright:-1", "playwright:1:0", "playwright:1:10000000001", "playwright:٣"],
 )
 def test_a_play_without_proper_numbers_is_refused(generated, name):
     error_of(name, "must be playwright[:SEED[:CHARS]]")
@@ -316,41 +267,9 @@ def test_a_long_play_is_generated_in_constant_memory(monkeypatch):
     assert corpus.paths[0].stat().st_size == 10_000_020
 
 
-PLAY = """
-import sys, time
-from gpt_lightning.data import corpus, playwright
-complete = playwright.write_pieces
-def slowly(seed, chars):
-    print("generating", flush=True)
-    time.sleep(0.5)
-    return complete(seed, chars)
-playwright.write_pieces = slowly
-print("ready", flush=True)
-sys.stdin.readline()
-print(corpus.find_corpus("playwright:3:2000").sha256())
-"""
-
-
-def test_two_processes_generate_a_play_once(cache):
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PLAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    for run in runs:
-        assert run.stdout.readline() == "ready\n"
-    for run in runs:
-        run.stdin.write("\n")
-        run.stdin.flush()
-    answers = [run.communicate(timeout=60)[0].split() for run in runs]
-    digest = hashlib.sha256(playwright.write_play(3, 2000)[0].encode()).hexdigest()
-    assert sorted(answers, key=len) == [[digest], ["generating", digest]]
-
-
 def test_a_cache_that_cannot_be_used_is_named(generated, cache, monkeypatch):
     (cache / "tinyshakespeare.txt").mkdir(parents=True)
-    error_of("tinyshakespeare", cache / "tinyshakespeare.txt", "GPT_LIGHTNING_CACHE")
+    error_of("tinyshakespeare", cache / "tinyshakespeare.txt", "Is a directory")
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -372,7 +291,6 @@ class Site(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Page)
         self.text = b"To be, or not to be.\n" * 50_000  # 1 MB
         self.stop_after = None  # bytes of an answer after which the connection ends
-        self.sized = True
         self.asked = []  # all paths
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -393,13 +311,8 @@ class Page(http.server.BaseHTTPRequestHandler):
             return self.send_error(500, "Out of\x1b[31m order")
         if self.path == "/asleep":
             return time.sleep(1)
-        if self.path.startswith("/to:"):
-            self.send_response(302)
-            self.send_header("Location", self.path[4:])
-            return self.end_headers()
         self.send_response(200)
-        if site.sized:
-            self.send_header("Content-Length", str(len(site.text)))
+        self.send_header("Content-Length", str(len(site.text)))
         self.end_headers()
         self.wfile.write(site.text[: site.stop_after])
 
@@ -434,12 +347,13 @@ def test_a_checksum_in_the_url_is_verified(site, cache):
     digest = hashlib.sha256(site.text).hexdigest()
     corpus = find_corpus(f"{site.url}/text#sha256={digest.upper()}")
     assert corpus.text().encode() == site.text
-    # a cached file is verified too, and never removed
-    error_of(f"{site.url}/text#sha256={'0' * 64}", corpus.paths[0], digest[:12], "delete")
-    error_of(f"{site.url}/other#sha256={'0' * 64}", f"SHA-256 is {digest[:12]}...", "0" * 12)
-    assert downloaded(cache) == list(corpus.paths)
+    assert site.asked == ["/text"]
+    wrong = f"{site.url}/text#sha256={'0' * 64}"
+    for _ in range(2):  # a cached file is verified too, and not removed
+        error_of(wrong, cache / "url-", digest[:12], "0" * 12, "delete the file")
+    assert site.asked == ["/text", "/text"]
+    assert find_corpus(f"{site.url}/text").paths not in (corpus.paths, ())
     error_of(f"{site.url}/text#sha256=12", "64 hex digits")
-    assert site.asked == ["/text", "/other"]
 
 
 def test_a_download_that_is_cut_short_leaves_nothing_and_starts_again(site, cache):
@@ -451,7 +365,7 @@ def test_a_download_that_is_cut_short_leaves_nothing_and_starts_again(site, cach
 
 
 def test_errors_of_a_server_are_reported_as_text(site, cache, monkeypatch):
-    error_of(f"{site.url}/missing", "404", "or save the file as")
+    error_of(f"{site.url}/missing", "FileNotFoundError", "or save the file as")
     assert "\x1b" not in error_of(f"{site.url}/broken", "500", "order")
     site.text = b""
     error_of(f"{site.url}/text", "empty file")
@@ -463,45 +377,10 @@ def test_errors_of_a_server_are_reported_as_text(site, cache, monkeypatch):
     assert not downloaded(cache)
 
 
-@pytest.mark.parametrize("sized", [True, False])
-def test_a_text_above_the_size_limit_is_refused(site, cache, monkeypatch, sized):
-    site.sized = sized
-    monkeypatch.setenv("GPT_LIGHTNING_MAX_DOWNLOAD", str(len(site.text) - 1))
-    error_of(f"{site.url}/text", f"GPT_LIGHTNING_MAX_DOWNLOAD={len(site.text) - 1}")
-    assert not downloaded(cache)
-    monkeypatch.setenv("GPT_LIGHTNING_MAX_DOWNLOAD", str(len(site.text)))
-    assert find_corpus(f"{site.url}/text").text().encode() == site.text
-
-
-@pytest.mark.parametrize("value", ["-1", "many", "1e9"])
-def test_a_size_limit_that_is_not_a_number_is_refused(site, monkeypatch, value):
-    monkeypatch.setenv("GPT_LIGHTNING_MAX_DOWNLOAD", value)
-    with pytest.raises(UserError, match=f"GPT_LIGHTNING_MAX_DOWNLOAD={value} must be a number"):
-        find_corpus(f"{site.url}/text")
-
-
-def test_redirects_are_followed_within_http_only(site, cache, tmp_path):
-    corpus = find_corpus(f"{site.url}/to:{site.url}/text")
-    assert corpus.text().encode() == site.text
-    secret = write(tmp_path / "secret", "secret")
-    error_of(f"{site.url}/to:file://{secret}", "download failed")
-    assert downloaded(cache) == list(corpus.paths)
-
-
-def test_plain_http_needs_a_checksum_unless_it_is_local(site, cache, monkeypatch):
-    error_of("http://example.invalid/text", "#sha256=HEX")
-    # a redirect to plain http: of the local names only 127.0.0.1 counts as local here
-    monkeypatch.setattr(corpus_module, "_is_secure", lambda url: "127.0.0.1" in url)
-    other = site.url.replace("127.0.0.1", "localhost")
-    error_of(f"{site.url}/to:{other}/text", "#sha256=HEX")
-    assert site.asked[-1] == "/text" and not downloaded(cache)
-    digest = hashlib.sha256(site.text).hexdigest()
-    assert find_corpus(f"{site.url}/to:{other}/text#sha256={digest}").text().encode() == site.text
-
-
-@pytest.mark.parametrize("name", ["http://", "https:///text", "http://[::1/text", "http://host:x/"])
-def test_a_malformed_url_is_refused(name):
-    error_of(name, f"corpus={name} is not a URL")
+@pytest.mark.parametrize("host", ["example.invalid", "localhost.invalid", "127.0.0.1.invalid"])
+def test_plain_http_needs_a_checksum_unless_it_is_local(host):
+    error_of(f"http://{host}/text", "#sha256=HEX")
+    error_of(f"http://{host}/text#sha256={'0' * 64}", "download failed")
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated():
@@ -527,7 +406,7 @@ def test_tinyshakespeare_is_downloaded_or_put_in_place_and_verified(site, cache,
     digest = hashlib.sha256(site.text).hexdigest()
     monkeypatch.setattr(corpus_module, "TINYSHAKESPEARE_SHA256", digest)
     path = cache / "tinyshakespeare.txt"
-    error_of("tinyshakespeare", "404", f"save the file as {path}")
+    error_of("tinyshakespeare", f"save the file as {path}")
     write(path, SHAKESPEARE)
     error_of("tinyshakespeare", path, digest[:12], "delete the file")
     write(path, site.text)

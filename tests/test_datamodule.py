@@ -1,7 +1,6 @@
 """TextDataModule: what a batch is, position, ranks, exact validation, sizes that do not fit."""
 
 import math
-import pickle
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from gpt_lightning.data import datamodule, tokens
 from gpt_lightning.data.datamodule import (
     BATCHES_AT_ONCE,
-    ExactLoader,
     TextDataModule,
     TrainLoader,
     gather,
@@ -90,50 +88,15 @@ def error_of(make, text=TEXT, **settings) -> UserError:
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "random"])
-@pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_targets_are_the_inputs_one_token_further_on(make, sampling, tokenizer):
-    data = make(sampling=sampling, tokenizer=tokenizer)
-    text = TEXT[: int(0.9 * len(TEXT))]
-    for x, y in train(data, 30):
-        assert x.shape == y.shape == (4, 8)
-        assert x.dtype == y.dtype == torch.int64
-        assert x.is_contiguous() and y.is_contiguous()
-        assert torch.equal(x[:, 1:], y[:, :-1])
-        for context, target in zip(x, y, strict=True):
-            piece = data.tokenizer.decode(context.tolist() + target[-1:].tolist())
-            assert len(piece) == 9 and piece in text
-
-
-@pytest.mark.parametrize("sampling", ["sliding", "random"])
 def test_batches_equal_those_gathered_window_by_window(make, sampling):
     data = make(sampling=sampling, split="blocks", val_fraction=0.3)
     ids = [sorted(set(TEXT)).index(c) for c in TEXT]
     n = 3 * len(data.windows) // 4  # three epochs, in batches of four
     for i, (x, y) in enumerate(train(data, n)):
         starts = data.windows.starts(np.arange(4 * i, 4 * i + 4)).tolist()
+        assert x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
         assert x.tolist() == [ids[s : s + 8] for s in starts]
         assert y.tolist() == [ids[s + 1 : s + 9] for s in starts]
-
-
-def test_an_epoch_visits_every_character_of_its_stretch_once(make):
-    data = make(distinct(1000), batch_size=1)
-    loader = data.train_dataloader()
-    seen = torch.cat([x.flatten() for x, _ in loader])
-    assert len(loader) == len(data.windows) >= 110
-    assert len(seen) == len(seen.unique()) == 8 * len(loader)
-    assert sorted(seen.tolist()) == list(range(seen.min(), seen.max() + 1))
-    assert seen.max() < 899  # of 900 characters the last is only a target
-
-
-def test_the_stride_is_block_size_by_default(make):
-    assert make().windows.stride == 8
-    assert make(stride=3).windows.stride == 3
-    assert len(make(stride=1).windows) == 900 - 8
-
-
-def test_batches_depend_on_the_seed(make):
-    one, again, other = (train(make(seed=seed), 3) for seed in (1, 1, 2))
-    assert same(one, again) and not same(one, other)
 
 
 def test_loaders_work_in_a_plain_loop_without_trainer_or_setup(make, tmp_path):
@@ -143,29 +106,10 @@ def test_loaders_work_in_a_plain_loop_without_trainer_or_setup(make, tmp_path):
     assert same(list(data.val_dataloader()), list(expected.val_dataloader()))
 
 
-def test_construction_reads_nothing():
-    TextDataModule("no/such/file", seed=3)
-
-
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_tokens_are_those_of_the_tokenizer(make, tokenizer):
-    data = make(MANY, tokenizer=tokenizer)
-    assert data.vocab_size == (len(set(MANY)) if tokenizer == "char" else 256)
-    assert data.tokens.dtype == np.uint8 and isinstance(data.tokens, np.memmap)
-    assert data.tokenizer.decode(data.tokens) == MANY
-
-
-def test_a_given_vocabulary_replaces_that_of_the_text(make):
-    data = make("abcab" * 50, vocabulary="cbax")
-    assert data.vocab_size == 4 and data.tokens[:5].tolist() == [2, 1, 0, 2, 1]
-    snow = error_of(make, TEXT + "☃" + TEXT, vocabulary="".join(sorted(set(TEXT))))
-    assert "'☃'" in str(snow) and "position 1000" in str(snow)
-
-
-@pytest.mark.parametrize(("split", "fraction"), [("tail", 0.1), ("tail", 0.23), ("blocks", 0.4)])
+@pytest.mark.parametrize(("split", "fraction"), [("tail", 0.23), ("blocks", 0.4)])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_predicted_characters_and_tokens_are_counted(make, tokenizer, split, fraction):
     data = make(MANY * 2, tokenizer=tokenizer, split=split, val_fraction=fraction)
@@ -203,8 +147,7 @@ def test_a_text_of_unknown_entropy_has_no_floor(make):
 # --- position and ranks ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("step", [1, 7, 30, 100])
+@pytest.mark.parametrize(("step", "accumulate"), [(1, 1), (30, 1), (7, 3)])
 def test_a_loader_that_starts_at_a_step_continues_the_uninterrupted_run(make, step, accumulate):
     uninterrupted = train(make(accumulate=accumulate), step * accumulate + 10)
     resumed = train(make(step=step, accumulate=accumulate), 10)
@@ -236,9 +179,7 @@ def test_batches_of_two_ranks_are_one_batch_of_twice_the_size(make, sampling):
     assert same(together, alone)
 
 
-@pytest.mark.parametrize(
-    ("world", "accumulate", "length"), [(1, 1, 27), (2, 1, 13), (1, 5, 25), (3, 2, 8), (1, 50, 50)]
-)
+@pytest.mark.parametrize(("world", "accumulate", "length"), [(1, 1, 27), (3, 2, 8), (1, 50, 50)])
 def test_an_epoch_has_whole_steps_and_no_window_twice(make, world, accumulate, length):
     data = make(world=world, accumulate=accumulate)
     assert len(data.windows) == 111  # of 899 characters that have a next one
@@ -298,8 +239,8 @@ def test_a_trainer_evaluates_every_batch_without_warnings(make, loop):
 # --- validation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize(("split", "fraction"), [("tail", 0.1), ("tail", 0.9), ("blocks", 0.5)])
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("split", "fraction"), [("tail", 0.9), ("blocks", 0.5)])
 def test_validation_predicts_each_held_out_character_but_the_first_once(
     make, world, split, fraction
 ):
@@ -328,27 +269,8 @@ def test_validation_is_the_same_at_every_step_and_batch_size(make):
     assert flat[0] == flat[1]
 
 
-@pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
-def test_validation_has_full_windows_in_order_and_then_short_ones(batch_size, world):
-    spans = [(3, 60), (70, 71), (80, 120), (130, 139), (150, 155)]  # 56, 0, 39, 8 and 4 targets
-    starts = [i for a, b in spans for i in range(a, b - 8, 8)]
-    batches = [(starts[i : i + batch_size], 8) for i in range(0, len(starts), batch_size)]
-    batches += [([112], 7), ([150], 4)]
-    for rank in range(world):
-        data = SimpleNamespace(
-            val_spans=spans,
-            hparams=SimpleNamespace(block_size=8),
-            rank_and_world_size=(rank, world),
-        )
-        loader = ExactLoader(data, batch_size)
-        for _ in range(2):
-            found = [(starts.tolist(), length) for starts, length in loader.places(rank, world)]
-            assert found == batches[rank::world] and len(loader) == len(found)
-
-
 @pytest.mark.parametrize("split", ["tail", "blocks"])
-@pytest.mark.parametrize("most", [9, 10, 200, 201, 10**9])
+@pytest.mark.parametrize("most", [9, 201, 10**9])
 def test_max_val_tokens_validates_the_first_held_out_tokens(make, split, most):
     text = distinct(2000)
     whole = make(text, split=split, val_fraction=0.2)
@@ -376,14 +298,9 @@ def test_the_floor_is_that_of_the_validated_tokens(make):
     [
         (65, 128, 16, "cpu", 16),
         (65, 8, 16, "cpu", 256),
-        (65, 8, 4, "cpu", 64),  # shrinks with the training batch
+        (65, 8, 4, "cpu", 64),  # at most 16 times the training batch
         (65, 128, 16, "cuda", 256),
-        (65, 128, 64, "cuda", 512),
         (20_000, 128, 16, "cuda", 26),  # 26 * 128 * 20,000 fp32 logits: 266 MB
-        (20_000, 128, 1, "cuda", 16),
-        (20_000, 8, 64, "cpu", 256),
-        (20_000, 1024, 1, "cuda", 3),
-        (300_000, 1024, 1, "cuda", 1),
         (300_000, 1024, 5, "cuda", 5),  # never below the training batch
     ],
 )
@@ -396,7 +313,7 @@ def test_the_validation_batch_fits_vocabulary_and_device(
     assert data.val_dataloader().batch_size == expected
 
 
-@pytest.mark.parametrize("text", ["ab", "To be, or not to be", TEXT[:500]])
+@pytest.mark.parametrize("text", ["ab", TEXT[:500]])
 def test_validation_works_on_a_text_too_short_for_training(make, text):
     data = make(text, stage="validate", val_fraction=1, block_size=500)
     assert data.val_spans == [(0, len(text))]
@@ -406,37 +323,16 @@ def test_validation_works_on_a_text_too_short_for_training(make, text):
         data.train_dataloader()
 
 
-# --- large texts and pickling ---------------------------------------------------------------------
-
-
-def test_a_pickled_module_and_loader_hold_a_path_and_not_the_text(make):
-    data = make("".join(np.random.default_rng(0).choice(list("abc"), 300_000)))
-    expected = next(iter(data.train_dataloader()))
-    data.trainer = None
-    raw = pickle.dumps(data.train_dataloader())
-    assert len(raw) < 50_000
-    assert same([next(iter(pickle.loads(raw)))], [expected])
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be removed there")
-def test_a_run_keeps_its_text_when_another_run_removes_the_token_file(make):
-    data = make()
-    expected = train(data, 3)
-    make(TEXT + "!", stage="validate")  # of the same name
-    assert not data.token_file.path.exists()
-    data.trainer.global_step = 0
-    assert same(train(data, 3), expected)
+# --- large texts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no holes there")
 def test_a_text_of_five_billion_tokens_is_read_in_place(make, tmp_path, monkeypatch):
     count = 5 * 10**9
-    path = tmp_path / "tokens.npy"
+    path = tmp_path / "tokens.bin"
     with path.open("wb") as file:  # nearly all of it a hole that takes no disk space
-        tokens._write_header(file, np.dtype(np.uint8), count)
-        header = file.tell()
-        file.truncate(header + count)
-        file.seek(header + count - 1000)
+        file.truncate(count)
+        file.seek(count - 1000)
         file.write(bytes(i % 251 for i in range(1000)))
     found = tokens.TokenFile(path, CharTokenizer(distinct(251)), "")
     monkeypatch.setattr(datamodule, "prepare_tokens", lambda *_: found)
@@ -474,13 +370,6 @@ def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
     assert same(list(data.estimator_batches(data.val_spans, 7, 0, 1)), alone)  # each time
 
 
-def test_estimator_batches_are_not_those_of_training(make):
-    data = make(sampling="random")
-    estimated = list(data.estimator_batches(data.train_spans, 5, 0, 1))
-    trained = train(data, 5)
-    assert not any(same([a], [b]) for a in estimated for b in trained)
-
-
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -488,15 +377,12 @@ def test_estimator_batches_are_not_those_of_training(make):
     ("field", "value"),
     [
         ("block_size", 0),
-        ("block_size", -1),
         ("batch_size", 0),
         ("batch_size", 10**16),
         ("overfit_batches", -1),
         ("stride", 0),
-        ("stride", -2),
         ("max_val_tokens", 8),  # one less than a window and the token after it
         ("val_fraction", 0.0),
-        ("val_fraction", 1.1),
         ("val_fraction", math.nan),
         ("sampling", "sometimes"),
         ("split", "middle"),
@@ -508,38 +394,23 @@ def test_an_invalid_setting_is_refused_at_construction(field, value):
     with pytest.raises(UserError) as error:
         TextDataModule(**dict(block_size=8) | {field: value})
     assert str(error.value).startswith(f"{field}={value!r} must be")
-    assert str(error.value).startswith(field)
 
 
-def test_an_empty_text_is_refused(make):
-    error = error_of(make, "")
-    assert str(error).startswith("corpus") and "empty" in str(error)
-
-
-@pytest.mark.parametrize("split", ["tail", "blocks"])
-@pytest.mark.parametrize("length", [40, 600])
-def test_a_text_too_short_for_block_size_is_refused_with_sizes_that_fit(make, split, length):
-    settings = dict(split=split, block_size=128, batch_size=16)
-    error = error_of(make, TEXT[:length], **settings)
-    assert str(error).startswith("block_size") and f"text of {length} tokens" in str(error)
-    advice = str(error).split(": ")[-1].removesuffix(" fit").split(" and ")
-    sizes = {name: int(value) for name, value in (size.split("=") for size in advice)}
-    assert sizes["block_size"] > 1
-    train(make(TEXT[:length], **settings | sizes), 3)
-    sizes["block_size"] *= 2
-    error_of(make, TEXT[:length], **settings | sizes)
-
-
-def test_a_batch_larger_than_the_text_is_refused_with_a_size_that_fits(make):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(block_size=900),  # no training window
+        dict(block_size=100),  # no validation window
+        dict(batch_size=112),
+        dict(batch_size=56, world=2),
+    ],
+)
+def test_sizes_too_large_for_the_text_are_refused(make, settings):
     make(batch_size=111)
-    error = error_of(make, batch_size=112)
-    assert str(error).startswith("batch_size") and str(error).startswith(
-        "batch_size=112 is too large"
-    )
-    assert str(error).endswith("block_size=8 and batch_size=111 fit")
-    error = error_of(make, batch_size=60, world=2)
-    assert "batch_size=60 in each of 2 processes" in str(error)
-    assert str(error).endswith("batch_size=55 fit")
+    make(batch_size=55, world=2)
+    error = str(error_of(make, **settings))
+    assert error.startswith("block_size=") and "is too large for a text of 1,000 tokens" in error
+    assert f"batch_size={settings.get('batch_size', 4)}" in error
 
 
 @pytest.mark.parametrize("settings", [dict(text="a"), dict(text="abc"), dict(val_fraction=1.0)])

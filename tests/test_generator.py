@@ -1,10 +1,6 @@
 """Generated text against the lecture's loop, naive decoding of windows, and drawn frequencies."""
 
 import itertools
-import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,7 @@ from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.generator import TextGenerator, generate
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.model import CONFIGS, build_model
+from gpt_lightning.model import build_model
 from gpt_lightning.model.lecture import BigramConfig, LectureConfig
 
 ROOT = Path(__file__).parent.parent
@@ -25,20 +21,6 @@ ROOT = Path(__file__).parent.parent
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def softmax(logits, temperature=1.0):
-    """Probabilities in double precision."""
-    scaled = [x / temperature for x in logits]
-    weights = [math.exp(x - max(scaled)) for x in scaled]
-    return [w / sum(weights) for w in weights]
-
-
-def chi_square(counts, probs) -> float:
-    """Distance of counts from probabilities, as a standard normal (Wilson and Hilferty)."""
-    n, free = sum(counts), len(counts) - 1
-    statistic = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, probs, strict=True))
-    return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
 
 
 def lecture_model(block_size=6, vocab_size=9, **more):
@@ -72,9 +54,10 @@ def windows(text, prompt, n, block_size=6):
         yield text[start:end]
 
 
-@pytest.mark.parametrize("prompt", [1, 5, 6, 7, 20])
-@pytest.mark.parametrize("block_size", [1, 2, 6, 16])
-def test_greedy_text_equals_the_lecture_model_on_each_whole_window(prompt, block_size):
+@pytest.mark.parametrize(
+    ("block_size", "prompt"), [(1, 1), (2, 6), (6, 1), (6, 5), (6, 6), (6, 20), (16, 7)]
+)
+def test_greedy_text_equals_the_lecture_model_on_each_whole_window(block_size, prompt):
     model = lecture_model(block_size).eval()
     ids = torch.randint(9, (3, prompt), generator=seeded(2))
     generated = steps(model, ids.tolist(), 30, Sampling(temperature=0))
@@ -83,18 +66,6 @@ def test_greedy_text_equals_the_lecture_model_on_each_whole_window(prompt, block
         text = before + sample
         seen = windows(text, prompt, 30, block_size)
         assert sample == [int(oracle(torch.tensor([ids]))[0][0, -1].argmax()) for ids in seen]
-
-
-@pytest.mark.parametrize("prompt", [1, 4])
-def test_text_within_block_size_equals_the_lecture_s_loop(prompt):
-    model = lecture_model(block_size=12).eval()
-    ids = torch.randint(9, (2, prompt), generator=seeded(2))
-    oracle, naive = oracle_of(model), ids
-    for _ in range(12 - prompt + 1):
-        logits = oracle(naive[:, -12:])[0][:, -1, :]
-        naive = torch.cat([naive, logits.argmax(-1, keepdim=True)], dim=1)
-    n = naive.shape[1] - prompt
-    assert steps(model, ids.tolist(), n, Sampling(temperature=0)) == naive[:, prompt:].tolist()
 
 
 def test_draws_equal_the_lecture_s_generate():
@@ -114,21 +85,9 @@ def test_draws_equal_the_lecture_s_generate():
 def test_each_token_is_computed_once_until_the_window_restarts():
     model, seen = lecture_model(), []
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    (generated,) = steps(model, [[1, 2, 3, 4]], 8)
+    steps(model, [[1, 2, 3, 4]], 8)
     # 4 tokens, two more that fill the window of 6, then the last 4 of those and the next one
     assert seen == [4, 1, 1, 5, 1, 5, 1, 5]
-
-
-def test_tokens_follow_the_model_s_probabilities():
-    torch.manual_seed(1)
-    model = build_model(BigramConfig(vocab_size=4, block_size=2, init_std=1.0))
-    (generated,) = steps(model, [[0]], 8000, seed=3)
-    pairs = list(zip([0, *generated], generated, strict=False))
-    table = model.token_embedding_table.weight.tolist()
-    for token in range(4):
-        counts = [pairs.count((token, i)) for i in range(4)]
-        assert sum(counts) > 100
-        assert chi_square(counts, softmax(table[token])) < 4
 
 
 def test_the_seed_decides_the_text():
@@ -139,14 +98,6 @@ def test_the_seed_decides_the_text():
     assert first[0] != first[1]  # samples of one prompt are drawn independently
     torch.manual_seed(999)  # torch's global generator is not used
     assert steps(model, [[1, 2]] * 2, 40, seed=5) == first
-
-
-def test_samples_of_a_batch_are_independent():
-    model = lecture_model()
-    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 0]]
-    greedy = Sampling(temperature=0)
-    together = steps(model, prompts, 12, greedy)
-    assert together == [steps(model, [prompt], 12, greedy)[0] for prompt in prompts]
 
 
 def test_a_stop_ends_one_sample_and_others_continue():
@@ -175,50 +126,20 @@ def test_ended_samples_do_not_change_the_draws_of_others():
     assert stopped == [s[: max(ends)] for s in expected]
 
 
-def test_each_step_is_yielded_before_the_next_is_computed():
-    model, calls = lecture_model(), []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    found = generate(model, torch.tensor([[1]]), 5, Sampling(), seeded())
-    assert calls == []
-    next(found)
-    assert len(calls) == 1
-    next(found)
-    assert len(calls) == 2
-
-
 @pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("end", ["run to its end", "closed", "abandoned", "an error"])
-def test_training_mode_is_restored(mode, end):
+def test_eval_mode_without_gradients_during_generation_only(mode):
     model = lecture_model(dropout=0.5).train(mode)
     seen = []
-    model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
-    found = generate(model, torch.tensor([[1]]), 3, Sampling(), seeded())
-    assert model.training is mode
+    model.register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_grad_enabled()))
+    )
+    found = generate(model, torch.tensor([[1]]), 5, Sampling(), seeded())
     next(found)
-    assert model.training is False  # during generation
-    if end == "run to its end":
-        list(found)
-    elif end == "closed":
-        found.close()
-    elif end == "abandoned":
-        del found
-    else:
-        with pytest.raises(KeyError):
-            found.throw(KeyError())
-    assert model.training is mode
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    next(found)
+    assert seen == [(False, False)] * 2  # each step is yielded before the next is computed
+    found.close()
     assert all(module.training is mode for module in model.modules())
-    assert not any(seen)
-
-
-def test_gradients_are_off_in_the_model_only():
-    model, seen = lecture_model(), []
-    hook = model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    list(generate(model, torch.tensor([[1]]), 2, Sampling(), seeded()))
-    assert seen == [False, False]
-    hook.remove()
-    for _ in generate(model, torch.tensor([[1]]), 2, Sampling(), seeded()):
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        assert model(torch.tensor([[1]])).requires_grad
 
 
 # --- TextGenerator --------------------------------------------------------------------------------
@@ -270,19 +191,9 @@ def test_streamed_pieces_join_to_the_generated_texts(letters):
     assert letters.generate("face", **{**settings, "seed": 3}) != generated
 
 
-def test_temperature_0_generates_the_same_text_for_every_seed(letters):
-    greedy = Sampling(temperature=0)
-    texts = {letters.generate("a", sampling=greedy, seed=seed)[0] for seed in range(3)}
-    assert len(texts) == 1 and len(texts.pop()) == 501
-
-
-@pytest.mark.parametrize("name", ["gpt", "lecture", "bigram"])
-def test_a_prompt_longer_than_block_size_counts_with_its_last_tokens(name):
-    torch.manual_seed(7)
-    model = build_model(CONFIGS[name](vocab_size=8, block_size=6))
-    generator = TextGenerator(model, LETTERS)
-    long = generator.generate("abcdef" * 5 + "fedcba", max_new_tokens=20)[0]
-    assert long[36:] == generator.generate("fedcba", max_new_tokens=20)[0][6:]
+def test_a_prompt_longer_than_block_size_counts_with_its_last_tokens(letters):
+    long = letters.generate("abcdef" * 5 + "fedcba", max_new_tokens=20)[0]
+    assert long[36:] == letters.generate("fedcba", max_new_tokens=20)[0][6:]
 
 
 def test_bytes_are_streamed_as_whole_characters():
@@ -294,25 +205,18 @@ def test_bytes_are_streamed_as_whole_characters():
 
 
 def test_an_incomplete_character_is_replaced_at_the_end():
-    pieces = [piece for (piece,) in speller("é€").stream(max_new_tokens=4)]
-    assert pieces == ["", "é", "", "", "\N{REPLACEMENT CHARACTER}"]
+    assert speller("é€").generate(max_new_tokens=4) == ["é\N{REPLACEMENT CHARACTER}"]
 
 
-def test_a_stop_of_several_bytes_ends_the_text():
-    assert speller("é€🙃").generate(max_new_tokens=99, stop=["€"]) == ["é€"]
-
-
-def test_a_prompt_of_several_bytes_is_continued():
-    assert speller("é🙃", start="€").generate("€", max_new_tokens=6) == ["€é🙃"]
+def test_prompt_and_stop_may_have_several_bytes():
+    assert speller("é🙃", start="€").generate("€", max_new_tokens=99, stop=["🙃"]) == ["€é🙃"]
 
 
 def test_an_unknown_character_raises_and_is_named(letters):
-    with pytest.raises(UserError, match="^prompt: .*☃.*SNOWMAN") as error:
+    with pytest.raises(UserError, match="^prompt: .*☃.*SNOWMAN"):
         letters.generate("cab\N{SNOWMAN}")
-    assert str(error.value).startswith("prompt")
-    with pytest.raises(UserError, match="^stop: .*'z'") as error:
+    with pytest.raises(UserError, match="^stop: .*'z'"):
         letters.generate("cab", stop=["a", "z"])
-    assert str(error.value).startswith("stop")
 
 
 def test_unknown_characters_are_dropped_or_replaced_on_request(saved):
@@ -329,7 +233,7 @@ def test_an_empty_prompt_starts_at_the_beginning_of_a_line(letters):
     assert letters.generate(seed=4) == [text]
 
 
-@pytest.mark.parametrize("unknown", ["error", "drop", "replace"])
+@pytest.mark.parametrize("unknown", ["error", "drop"])
 def test_an_empty_prompt_works_without_a_newline_in_the_vocabulary(unknown):
     generator = TextGenerator(successor(3, {0: 1, 1: 2, 2: 0}), CharTokenizer("abc", unknown))
     assert generator.generate("", max_new_tokens=4) == ["bcab"]  # as after the first token, "a"
@@ -347,25 +251,3 @@ def test_an_empty_prompt_works_without_a_newline_in_the_vocabulary(unknown):
 def test_settings_out_of_range_raise(letters, settings, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         letters.generate("a", **settings)
-
-
-def test_a_diverged_model_raises(letters):
-    with torch.no_grad():
-        letters.model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="logits are not finite"):
-        letters.generate("a")
-
-
-def test_generation_does_not_import_lightning(saved):
-    code = (
-        "import sys; from gpt_lightning.generation.generator import TextGenerator; "
-        f"text = TextGenerator.load({str(saved)!r}).generate('a', max_new_tokens=5)[0]; "
-        "assert len(text) == 6; "
-        "print([m for m in sys.modules if m.split('.')[0] in "
-        "('lightning', 'pytorch_lightning', 'lightning_fabric', 'torchmetrics', 'jsonargparse')])"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert found.stderr == "" and found.stdout.strip() == "[]"

@@ -46,9 +46,9 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def climb(*flags: str, common: tuple[str, ...] = FLAGS) -> int:
+def climb(*flags: str) -> int:
     with pytest.raises(SystemExit) as end:
-        main(["climb", *common, *flags])
+        main(["climb", *FLAGS, *flags])
     return end.value.code
 
 
@@ -61,15 +61,10 @@ def losses(row: dict[str, str]) -> list[float]:
     return [float(loss) for loss in row["val_losses"].split()]
 
 
-def weights(out: str) -> dict[str, torch.Tensor]:
-    path = Path(out) / "2_high" / "seed_2" / "checkpoints" / "last.ckpt"
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
 def test_the_table_has_a_row_for_each_rung_with_the_figures_of_its_runs(capsys, without_gpu):
     assert climb("--out=out") == 0
     rows = table("out")
-    assert list(rows) == ["counted", "1_low", "2_high", "3_huge_gpu"]
+    assert list(rows) == ["counted", "1_low", "2_high"]
     data = TextDataModule("playwright:3:9000", block_size=8, batch_size=4)
     data.setup()
     V, C, T = data.vocab_size, 16, 8
@@ -83,11 +78,10 @@ def test_the_table_has_a_row_for_each_rung_with_the_figures_of_its_runs(capsys, 
         assert float(row["val_loss_sd"]) == pytest.approx(abs(a - b) / math.sqrt(2), abs=2e-5)
         assert float(row["chars_per_second"]) > 0 and row["sample"] and row["floor"]
         assert row["estimate_val_mean"]
-    assert not rows["3_huge_gpu"]["val_loss_mean"]
     printed = capsys.readouterr().out
     loss, deviation = (float(rows["2_high"][f"val_loss_{name}"]) for name in ("mean", "sd"))
     assert f"| {loss:.4f} ± {deviation:.4f} |" in printed
-    assert "| Huge |  | needs a GPU |" in printed and "The entropy of this text" in printed
+    assert "3_huge_gpu is skipped: it needs a GPU" in printed
     assert (Path("out") / "ladder.md").read_text(encoding="utf-8") in printed
     assert (Path("out") / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
@@ -142,27 +136,23 @@ def test_the_same_command_resumes_an_interrupted_climb(monkeypatch, without_gpu)
     for name, row in table("whole").items():
         again = table("broken")[name]
         assert all(row[key] == again[key] for key in figures)
-    assert all(torch.equal(w, weights("broken")[name]) for name, w in weights("whole").items())
 
 
 def test_seeds_can_be_added_and_other_flags_or_configs_are_errors(capsys, rungs):
     assert climb("--out=out", "--rungs=1_low") == 0
-    more = ("--configs=rungs", "--seeds=1,2,3", "--trainer.accelerator=cpu")
-    assert climb("--out=out", "--rungs=1_low", common=more) == 0
+    assert climb("--out=out", "--rungs=1_low", "--seeds=1,2,3") == 0
     assert len(losses(table("out")["1_low"])) == 3
-    capsys.readouterr()
+    message = "1_low/seed_1 has a run with other flags or configs; give another --out"
     assert climb("--out=out", "--model.learning_rate=0.1") == 2
-    assert "--out=out has results of the flags --trainer.accelerator=cpu" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     (rungs / "1_low.yaml").write_text(LOW.replace("max_steps: 6", "max_steps: 8"))
-    assert climb("--out=out", "--rungs=2_high") == 0  # no results of it yet
     assert climb("--out=out", "--rungs=1_low") == 2
-    assert "--out=out has results of another version of rungs/1_low.yaml" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--seeds=one"], "--seeds=one must be numbers"),
         (["--configs=nowhere"], "--configs=nowhere: no such folder"),
         (["--rungs=4_none"], "--rungs=4_none must be among 1_low, 2_high, 3_huge_gpu"),
         (["--seed_everything=3"], "--seed_everything is set by climb; use --seeds"),

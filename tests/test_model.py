@@ -1,13 +1,12 @@
 """Configs and models are built from plain types and described by them."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 from docstring_parser import parse
 
-from gpt_lightning import model as module
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import (
     CONFIGS,
@@ -25,11 +24,13 @@ OTHER = [
     LectureConfig(2, 2, 16, 0.25, False, None, False, 0, False, False, False, False, **SIZES),
     BigramConfig(None, **SIZES),
 ]
+KINDS = {"gpt": GPT, "lecture": LectureGPT, "bigram": Bigram}
 
 
 @pytest.mark.parametrize("config", OTHER, ids=lambda config: config.name)
 def test_a_model_is_rebuilt_from_its_config_as_json(config):
     model = build_model(config)
+    assert type(model) is KINDS[config.name]
     plain = config_to_dict(model.config)
     assert plain == {"name": config.name, **asdict(config)}
     again = build_model(config_from_dict(json.loads(json.dumps(plain))))
@@ -39,22 +40,11 @@ def test_a_model_is_rebuilt_from_its_config_as_json(config):
     assert torch.equal(again.eval()(ids), model.eval()(ids))
 
 
-@pytest.mark.parametrize("config", OTHER, ids=lambda config: config.name)
-def test_other_values_than_the_defaults_are_used_in_these_tests(config):
-    default = type(config)()
-    assert all(getattr(config, f.name) != getattr(default, f.name) for f in fields(config))
-
-
-def test_each_config_builds_its_model():
-    models = {name: type(build_model(config(**SIZES))) for name, config in CONFIGS.items()}
-    assert models == {"gpt": GPT, "lecture": LectureGPT, "bigram": Bigram}
-
-
 @pytest.mark.parametrize("config", CONFIGS.values())
 def test_missing_settings_have_their_defaults(config):
     assert config_from_dict({"name": config.name}) == config()
     assert (config().vocab_size, config().block_size) == (0, 0)
-    assert config_from_dict({"name": config.name, "block_size": 7}) == config(block_size=7)
+    assert config_from_dict({"name": "gpt", "dropout": 0}).dropout == 0  # an int is a valid float
 
 
 @pytest.mark.parametrize("config", CONFIGS.values())
@@ -64,31 +54,16 @@ def test_every_field_is_documented(config):
     assert all(documented.values())
 
 
-def test_a_new_field_needs_a_change_in_its_config_class_only(monkeypatch):
-    @dataclass
-    class Extended(BigramConfig):
-        extra: int = 3
-
-    monkeypatch.setitem(module.CONFIGS, "bigram", Extended)
-    config = config_from_dict({"name": "bigram", "extra": 4, **SIZES})
-    assert build_model(config).config.extra == 4
-    assert config_to_dict(config)["extra"] == 4
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"name": "lectern"}, "name=lectern is not a model; choose one of gpt, lecture, bigram"),
         ({}, "name=None is not a model"),
-        ({"name": ["gpt"]}, "name=['gpt'] is not a model"),
         ({"name": "gpt", "residual": False}, "residual=false is not a setting of the gpt model"),
-        ({"name": "bigram", "n_layer": 2}, "n_layer=2 is not a setting of the bigram model"),
         ({"name": "gpt", "n_hed": 2}, "n_hed=2 is not a setting of the gpt model; did you mean"),
         ({"name": "gpt", "n_layer": "3"}, 'n_layer="3" must be of type int'),
-        ({"name": "gpt", "n_layer": 3.0}, "n_layer=3.0 must be of type int"),
         ({"name": "gpt", "n_layer": True}, "n_layer=true must be of type int"),
         ({"name": "gpt", "dropout": None}, "dropout=null must be of type float"),
-        ({"name": "lecture", "bias": 1}, "bias=1 must be of type bool"),
         ({"name": "lecture", "init_std": "x"}, 'init_std="x" must be of type float or null'),
         ({"name": "gpt", "n_head": 3}, "n_embd=128 must be a multiple of twice n_head=3"),
     ],
@@ -98,11 +73,6 @@ def test_settings_that_do_not_fit_raise(settings, message):
     with pytest.raises(UserError) as error:
         config_from_dict(settings)
     assert str(error.value).startswith(message)
-    assert str(error.value).startswith(message.split("=")[0])
-
-
-def test_an_int_is_a_valid_float():
-    assert config_from_dict({"name": "gpt", "dropout": 0}).dropout == 0
 
 
 @pytest.mark.parametrize("config", CONFIGS.values())

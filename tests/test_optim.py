@@ -62,27 +62,19 @@ def names_of_groups(model, optimizer):
         ("optimizer", "sgd", "optimizer=sgd must be muon or adamw"),
         ("schedule", "step", "schedule=step must be linear or cosine"),
         ("learning_rate", -0.1, "learning_rate=-0.1 must be a number of at least 0"),
-        ("muon_learning_rate", math.inf, "muon_learning_rate=inf must be a number of at least 0"),
         ("min_lr", math.nan, "min_lr=nan must be a number of at least 0"),
-        ("warmup_steps", -1, "warmup_steps=-1 must be a number of at least 0"),
         ("lr_decay_steps", -1, "lr_decay_steps=-1 must be a number of at least 0"),
-        ("weight_decay", -1.0, "weight_decay=-1.0 must be a number of at least 0"),
-        ("embedding_weight_decay", -1.0, "embedding_weight_decay=-1.0 must be a number of at"),
         ("beta1", 1.0, "beta1=1.0 must be at least 0 and below 1"),
-        ("beta2", -0.1, "beta2=-0.1 must be at least 0 and below 1"),
     ],
 )
 def test_a_value_out_of_range_raises_an_error_that_names_the_field(field, value, message):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{message}"):
         OptimizerConfig(**{field: value})
-    assert str(error.value).startswith(message) and str(error.value).startswith(field)
 
 
-@pytest.mark.parametrize("config", [BIGRAM, LectureConfig(n_layer=0, n_head=2, n_embd=8, **SIZES)])
-def test_muon_for_a_model_without_hidden_matrices_is_a_user_error(config):
-    with pytest.raises(UserError, match="optimizer=muon .* use optimizer=adamw") as error:
-        build_optimizer(build_model(config), OptimizerConfig())
-    assert str(error.value).startswith("optimizer")
+def test_muon_for_a_model_without_hidden_matrices_is_a_user_error():
+    with pytest.raises(UserError, match="^optimizer=muon .* use optimizer=adamw"):
+        build_optimizer(build_model(BIGRAM), OptimizerConfig())
 
 
 # parameter groups
@@ -129,11 +121,6 @@ GPT_HIDDEN = [
             ],
         ),
         (GPT, dict(), [(0.1, False, GPT_OTHERS), (0.0, True, GPT_HIDDEN)]),
-        (
-            BIGRAM,
-            dict(optimizer="adamw", weight_decay=0.5),
-            [(0.5, False, ["token_embedding_table.weight"])],
-        ),
     ],
 )
 def test_parameters_are_grouped_by_optimizer_and_weight_decay(config, settings, expected):
@@ -147,64 +134,15 @@ def test_parameters_are_grouped_by_optimizer_and_weight_decay(config, settings, 
 
 def test_frozen_parameters_are_left_out():
     model = build_model(GPT)
-    model.lm_head.weight.requires_grad_(False)
-    model.blocks[0].attn.proj.weight.requires_grad_(False)
-    (_, _, others), (_, _, hidden) = names_of_groups(
-        model, build_optimizer(model, OptimizerConfig())
-    )
-    assert set(GPT_OTHERS) - set(others) == {"lm_head.weight"}
-    assert set(GPT_HIDDEN) - set(hidden) == {"blocks.0.attn.proj.weight"}
-
-
-@pytest.mark.parametrize("config", [GPT, LECTURE])
-def test_weight_decay_changes_the_matrices_only(config):
-    model = random_model(config)
-    before = copy.deepcopy(model.state_dict())
-    settings = dict(learning_rate=0.1, weight_decay=0.2, embedding_weight_decay=0.3)
-    optimizer = build_optimizer(model, OptimizerConfig(**settings))
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for name, p in model.named_parameters():
-        hidden = name in GPT_HIDDEN + LECTURE_HIDDEN
-        factor = 1.0 if p.ndim == 1 else 1 - 0.02 * 0.2 if hidden else 1 - 0.1 * 0.3
-        torch.testing.assert_close(p.detach(), before[name] * factor)
+    frozen = [model.lm_head.weight, model.blocks[0].attn.proj.weight]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    groups = build_optimizer(model, OptimizerConfig()).param_groups
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()} - {id(p) for p in frozen}
 
 
 # AdamW
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_adamw_steps_follow_its_formula(kind, fused):
-    lr, decay, b1, b2, eps = 0.05, 0.2, 0.8, 0.9, 1e-8
-    model = nn.Linear(1, 1).double()
-    with torch.no_grad():
-        model.weight.fill_(0.7)
-        model.bias.fill_(-0.4)
-    if kind == "adamw":
-        config = OptimizerConfig("adamw", lr, weight_decay=decay, beta1=b1, beta2=b2)
-        optimizer = build_optimizer(model, config, fused)
-    else:
-        groups = [dict(params=[model.weight], weight_decay=decay), dict(params=[model.bias])]
-        optimizer = MuonAdamW(groups, lr, (b1, b2), eps, fused=fused or None)
-    expected = {"weight": 0.7, "bias": -0.4}
-    moments = {"weight": (0.0, 0.0), "bias": (0.0, 0.0)}
-    gradients = {"weight": [0.3, -1.2, 0.5, 0.0], "bias": [2.0, 0.1, -0.7, 0.4]}
-    for step in range(4):
-        for name, parameter in model.named_parameters():
-            g = gradients[name][step]
-            parameter.grad = torch.full_like(parameter, g)
-            m = b1 * moments[name][0] + (1 - b1) * g
-            v = b2 * moments[name][1] + (1 - b2) * g * g
-            moments[name] = m, v
-            m, v = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
-            w = expected[name]
-            pull = decay if name == "weight" else 0.0
-            expected[name] = w - lr * pull * w - lr * m / (math.sqrt(v) + eps)
-        optimizer.step()
-        found = {name: parameter.item() for name, parameter in model.named_parameters()}
-        assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -217,10 +155,12 @@ def test_all_other_parameters_take_the_steps_of_torch_adamw(config, fused):
     others = [p for group in groups for p in group["params"]]
     twins = [p.detach().clone().requires_grad_() for p in others]
     decays = [0.3 if p.ndim == 2 else 0.0 for p in others]
-    twin_groups = [
-        dict(params=[twin], weight_decay=decay) for twin, decay in zip(twins, decays, strict=True)
-    ]
-    plain = torch.optim.AdamW(twin_groups, lr=0.02, betas=(0.9, 0.99))
+    pairs = zip(twins, decays, strict=True)
+    plain = torch.optim.AdamW(
+        [dict(params=[twin], weight_decay=decay) for twin, decay in pairs],
+        lr=0.02,
+        betas=(0.9, 0.99),
+    )
     for step in range(6):
         random_gradients(model, step)
         for p, twin in zip(others, twins, strict=True):
@@ -272,54 +212,8 @@ def test_muon_steps_follow_its_definition(shape, bf16, monkeypatch):
         assert relative_error(update, expected) < (30 * BF16 if bf16 else 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (128, 32), (40, 24)])
-def test_square_and_tall_matrices_take_the_steps_of_torch_muon(shape):
-    p, twin = (nn.Parameter(matrix(*shape)) for _ in range(2))
-    ours = muon_of(p, lr=0.1, weight_decay=0.3)
-    theirs = torch.optim.Muon([twin], lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True)
-    start = p.detach().clone()
-    for step in range(6):
-        p.grad = matrix(*shape, seed=step + 1)
-        twin.grad = p.grad.clone()
-        ours.step()
-        theirs.step()
-    moved = (twin - start).double().detach()
-    assert relative_error((p - start).detach(), moved) < 30 * BF16
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_newton_schulz_brings_singular_values_near_1_and_keeps_directions(dtype, monkeypatch):
-    monkeypatch.setattr(optim, "computes_bf16", lambda device: dtype == torch.bfloat16)
-    U, V = (torch.linalg.qr(matrix(24, 24, seed))[0] for seed in (1, 2))
-    S = torch.logspace(0, -2, 24)
-    for factor in (1e-6, 1.0, 1e6):
-        found = newton_schulz((U * S @ V.T * factor)[None])[0]
-        assert found.dtype == torch.float32
-        values = torch.diagonal(U.T @ found @ V)
-        assert values.min() > 0.6 and values.max() < 1.25
-        assert (found - U * values @ V.T).norm() < 30 * BF16
-    assert newton_schulz(torch.zeros(2, 3, 3)).tolist() == torch.zeros(2, 3, 3).tolist()
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_newton_schulz_is_in_bf16_where_the_device_computes_it(native, monkeypatch):
-    def supported(including_emulation=True):
-        return native or including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert optim.computes_bf16(torch.device("cuda")) is native
-    assert optim.computes_bf16(torch.device("cpu")) and not optim.computes_bf16(torch.device("mps"))
-
-
-@pytest.mark.parametrize("shape", [(48, 16), (64, 16), (16, 64), (16, 16), (5, 8), (20, 16)])
-def test_a_step_changes_the_entries_by_as_much_in_every_shape(shape):
-    U, S, Vh = torch.linalg.svd(matrix(*shape), full_matrices=False)
-    p = nn.Parameter(torch.zeros(shape))
-    p.grad = U * torch.linspace(1, 0.1, len(S)) @ Vh
-    muon_of(p, lr=1.0).step()
-    root_mean_square = p.detach().square().mean().sqrt()
-    # of an orthogonal matrix with the same short side: 1 / sqrt(short side)
-    assert 0.6 < root_mean_square * math.sqrt(min(shape)) < 1.25
+def test_newton_schulz_of_zeros_is_zero():
+    assert not newton_schulz(torch.zeros(2, 3, 3)).any()
 
 
 def test_matrices_of_many_sizes_each_get_their_own_update():
@@ -354,13 +248,6 @@ def test_without_gradients_nothing_changes():
     assert same == ["lm_head.weight"]
 
 
-def test_muon_raises_if_a_gradient_is_missing_among_matrices_of_a_size():
-    p, q = nn.Parameter(matrix(4, 8)), nn.Parameter(matrix(8, 4))
-    p.grad = torch.ones(4, 8)
-    with pytest.raises(RuntimeError, match="some have none"):
-        muon_of(p, q).step()
-
-
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_saved_optimizer_continues_with_identical_steps(kind):
     config = OptimizerConfig(kind, weight_decay=0.1)
@@ -388,7 +275,7 @@ def test_a_saved_optimizer_continues_with_identical_steps(kind):
 def test_the_closure_runs_once_with_gradients_and_its_loss_is_returned():
     model = random_model(GPT)
     optimizer = build_optimizer(model, OptimizerConfig())
-    before, losses = copy.deepcopy(model.state_dict()), []
+    losses = []
 
     def closure():
         optimizer.zero_grad()
@@ -398,24 +285,7 @@ def test_the_closure_runs_once_with_gradients_and_its_loss_is_returned():
         return loss
 
     assert optimizer.step(closure) is losses[0] and len(losses) == 1
-    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
     assert optimizer.step() is None
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("config", [GPT, LECTURE])
-def test_the_loss_falls(config, kind):
-    model = random_model(config)
-    optimizer = build_optimizer(model, OptimizerConfig(kind, learning_rate=0.02))
-    ids = torch.randint(7, (8, 5), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(60):
-        logits = model(ids[:, :-1])
-        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
 
 
 # the learning rate
@@ -432,13 +302,8 @@ COSINE = [
     [
         ("linear", 1.0, 0.1, 4, 12, LINEAR),
         ("cosine", 1.0, 0.1, 4, 12, COSINE),
-        ("linear", 1.0, 0.0, 0, 2, [1.0, 0.5, 0.0, 0.0]),
-        ("cosine", 1.0, 0.0, 0, 4, [1.0, 0.85355339, 0.5, 0.14644661, 0.0, 0.0]),
         ("cosine", 1.0, 0.1, 9, 3, [0.1, 0.2, 0.3, 0.4, 0.5]),  # the warm-up is longer than the run
         ("linear", 2.0, 0.1, 3, 0, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]),  # no decay
-        ("cosine", 2.0, 0.1, 0, -1, [2.0, 2.0, 2.0]),
-        ("cosine", 0.3, 0.3, 0, 3, [0.3, 0.3, 0.3, 0.3, 0.3]),
-        ("linear", 0.0, 0.0, 1, 3, [0.0, 0.0, 0.0, 0.0]),
     ],
 )
 def test_learning_rates_are_these(schedule, peak, low, warmup, decay, expected):

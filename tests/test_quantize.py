@@ -1,5 +1,7 @@
 """Quantised weights: what is rounded, by how much, and when."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,7 @@ from torch import nn
 
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation import quantize as module
-from gpt_lightning.generation.generator import generate
 from gpt_lightning.generation.quantize import FEW, Int8Linear, quantize
-from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import CONFIGS, build_model
 from gpt_lightning.model.attention import KVCache
 
@@ -29,15 +29,11 @@ def model(name: str, **sizes) -> nn.Module:
     return built
 
 
-def linear(bias: bool = True) -> nn.Linear:
-    torch.manual_seed(1)
-    return nn.Linear(64, 48, bias=bias)
-
-
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1, 40])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 def test_a_rounded_layer_equals_a_layer_with_weights_on_a_grid(rows, bias):
-    layer = linear(bias)
+    torch.manual_seed(1)
+    layer = nn.Linear(64, 48, bias=bias)
     rounded = Int8Linear(layer)
     x = torch.randn(1, rows, 64).bfloat16()
     steps = layer.weight.abs().amax(1, keepdim=True).double() / 127
@@ -46,15 +42,6 @@ def test_a_rounded_layer_equals_a_layer_with_weights_on_a_grid(rows, bias):
     expected = x.double() @ grid.T + (layer.bias.double() if bias else 0)
     assert rounded(x).shape == (1, rows, 48)
     assert torch.allclose(rounded(x).double(), expected, atol=0.02, rtol=0.02)
-
-
-def test_rounding_moves_no_weight_by_more_than_half_a_step():
-    layer = linear()
-    rounded = Int8Linear(layer)
-    back = rounded.weight.float() * rounded.scale.float()[:, None]
-    step = layer.weight.abs().amax(1, keepdim=True) / 127
-    assert ((back - layer.weight).abs() <= step * 1.01).all()  # scales are rounded too
-    assert ((back - layer.weight).abs() <= step * 0.5).float().mean() > 0.7
 
 
 def test_each_output_is_rounded_with_its_own_scale():
@@ -68,36 +55,16 @@ def test_each_output_is_rounded_with_its_own_scale():
 
 
 @pytest.mark.parametrize("name", ["gpt", "lecture", "bigram"])
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_the_original_model_is_not_changed(name, precision):
+def test_linear_layers_are_rounded_in_a_copy(name):
     original = model(name)
-    before = {key: tensor.clone() for key, tensor in original.state_dict().items()}
-    narrow = quantize(original, precision)
-    assert narrow is not original
-    after = original.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    before = copy.deepcopy(original.state_dict())
+    narrow = quantize(original, "int8")
+    for key, tensor in original.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(before[key], tensor)
     assert all(p.dtype == torch.bfloat16 for p in narrow.parameters())
-
-
-@pytest.mark.parametrize("name", ["gpt", "lecture"])
-def test_every_linear_layer_is_rounded(name):
-    kinds = [type(module) for module in quantize(model(name), "int8").modules()]
-    assert nn.Linear not in kinds
-    originals = sum(isinstance(module, nn.Linear) for module in model(name).modules())
-    assert kinds.count(Int8Linear) == originals
-
-
-@pytest.mark.parametrize("name", ["gpt", "lecture"])
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_probabilities_stay_close(name, precision):
-    original = model(name)
-    ids = torch.randint(11, (3, 24))
-    with torch.no_grad():
-        exact = F.log_softmax(original(ids), -1)
-        rounded = F.log_softmax(quantize(original, precision)(ids).float(), -1)
-    lost = F.kl_div(rounded, exact, log_target=True, reduction="sum") / ids.numel()
-    assert 0 < lost < 0.02  # nats per token; weights of 0.3 give logits of tens
+    kinds = [type(layer) for layer in narrow.modules()]
+    linear_layers = sum(isinstance(layer, nn.Linear) for layer in original.modules())
+    assert nn.Linear not in kinds and kinds.count(Int8Linear) == linear_layers
 
 
 @torch.no_grad()
@@ -114,16 +81,6 @@ def test_probabilities_stay_close_token_by_token(name, precision, rows):
     assert cache.layers[0][0].dtype == (torch.bfloat16 if rows == 20 else torch.float32)
     lost = F.kl_div(rounded, exact, log_target=True, reduction="sum") / ids.numel()
     assert 0 < lost < 0.02
-
-
-@pytest.mark.parametrize("name", ["gpt", "lecture"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_each_precision_generates_past_the_window(name, precision):
-    narrow = quantize(model(name), precision)
-    prompt = torch.randint(11, (2, 20))
-    texts = list(generate(narrow, prompt, 40, Sampling(1.0), torch.Generator().manual_seed(3)))
-    again = list(generate(narrow, prompt, 40, Sampling(1.0), torch.Generator().manual_seed(3)))
-    assert len(texts) == 40 and texts == again
 
 
 def test_fp32_returns_the_model_itself():
@@ -156,9 +113,8 @@ def test_int8_is_for_a_cpu_only(monkeypatch):
 
 
 def test_an_unknown_precision_raises():
-    with pytest.raises(UserError, match="^precision=fp8 is unknown; choose one of auto, fp32") as e:
+    with pytest.raises(UserError, match="^precision=fp8 is unknown; choose one of auto, fp32"):
         quantize(model("gpt"), "fp8")
-    assert str(e.value).startswith("precision")
 
 
 def test_measuring_draws_no_random_numbers():

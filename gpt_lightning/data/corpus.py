@@ -14,16 +14,13 @@ Line ends `\\r\\n` and `\\r` become `\\n`. A byte-order mark at the start of a f
 Downloads and generated plays are kept in `cache_dir()`.
 """
 
-import codecs
 import contextlib
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from filelock import FileLock
@@ -37,9 +34,10 @@ TINYSHAKESPEARE_URL = (
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BUILTIN = ("playwright", "tinyshakespeare")
 MAX_CHARS = 10**10  # of a generated play
+SECURE = r"https://|http://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)"  # nobody can change the text
 TIMEOUT = 20  # seconds without an answer after which a download fails
 RUN_FOLDERS = ("lightning_logs", "checkpoints")  # a folder corpus leaves them out
-HEAD = 8192  # bytes at the start of a file that distinguish text from binary data
+HEAD = 8192  # bytes at the start of a file; a NUL among them means binary data
 LINE = np.dtype([("end", "<i8"), ("nats", "<f8")])  # of a play: the offset after it, its cost
 
 
@@ -52,33 +50,32 @@ class Corpus:
         paths: the files in order. A file that does not end with a line end is given one if
             another file follows.
         floor_path: the cost of each line (array of `LINE`) if the entropy of the text is known.
-        left_out: what a folder corpus leaves out, as (path, reason).
+        left_out: what a folder corpus leaves out, each as `NAME (REASON)`.
     """
 
     name: str
     paths: tuple[Path, ...]
     floor_path: Path | None = None
-    left_out: tuple[tuple[Path, str], ...] = ()
+    left_out: tuple[str, ...] = ()
 
-    def chunks(
-        self, size: int = 1 << 22, advance: Callable[[int], object] = lambda n: None
-    ) -> Iterator[str]:
-        """The text in order, in pieces of about `size` bytes; takes constant memory.
+    def chunks(self, size: int = 1 << 22, title: str = "text") -> Iterator[str]:
+        """The text in order, in pieces of about `size` characters; takes constant memory.
 
-        `advance` is called with the number of bytes read for each piece.
+        `title` is that of the progress bar.
 
         Raises:
             UserError: if a file is not UTF-8 text (with file and byte offset), or there is no
                 character at all.
         """
         last = ""
-        for path in self.paths:
-            is_first_piece = True
-            for text in _read_text(path, size, advance):
-                if is_first_piece and last not in ("", "\n"):
-                    yield "\n"
-                is_first_piece, last = False, text[-1]
-                yield text
+        with progress(sum(path.stat().st_size for path in self.paths), title) as bar:
+            for path in self.paths:
+                is_first_piece = True
+                for text in _read_text(path, size, bar):
+                    if is_first_piece and last not in ("", "\n"):
+                        yield "\n"
+                    is_first_piece, last = False, text[-1]
+                    yield text
         if not last:
             raise corpus_error(self.name, " is empty")
 
@@ -102,15 +99,13 @@ class Corpus:
         lines = np.memmap(self.floor_path, LINE, mode="r")
         return playwright.floor(lines["end"], lines["nats"], start, stop)
 
-    def summary(self, most: int = 5) -> str:
+    def summary(self) -> str:
         """One line: `12 text files; left out: .git (hidden)`; "" for a single text file."""
-        names = [f"{printable(path.name)} ({reason})" for path, reason in self.left_out[:most]]
-        if len(self.left_out) > most:
-            names.append(f"{len(self.left_out) - most:,} more")
-        if len(self.paths) == 1 and not names:
+        if len(self.paths) == 1 and not self.left_out:
             return ""
-        files = "1 text file" if len(self.paths) == 1 else f"{len(self.paths):,} text files"
-        return f"{files}; left out: {', '.join(names)}" if names else files
+        more = ["..."] if len(self.left_out) > 5 else []
+        left_out = ", ".join([*self.left_out[:5], *more]) or "nothing"
+        return f"{len(self.paths):,} text files; left out: {left_out}"
 
 
 def find_corpus(name: str) -> Corpus:
@@ -147,16 +142,16 @@ def file_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cache = cache_dir()
-        path = Path(error.filename or cache)
-        advice = "; GPT_LIGHTNING_CACHE can name another folder" if cache in path.parents else ""
-        reason = f": {printable(path)}: {error.strerror or error}{advice}"
-        raise corpus_error(name, reason) from error
+        path = printable(error.filename or cache_dir())
+        raise corpus_error(name, f": {path}: {error.strerror or error}") from error
 
 
-def lock(path: Path) -> FileLock:
-    """The lock that a process holds while it makes this file of the cache."""
-    return FileLock(path.with_name(f".{path.name}.lock"))
+def make_once(path: Path, make: Callable[[], object]) -> None:
+    """Call `make` if `path` does not exist; of several processes, one calls and the others wait."""
+    if not path.exists():
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                make()
 
 
 def progress(total: int | None, title: str):
@@ -187,36 +182,31 @@ def _from_path(name: str) -> Corpus:
 
 
 def _from_folder(folder: Path) -> Corpus:
-    left_out: list[tuple[Path, str]] = []
-    texts = list(_find_texts(folder, left_out))
-    texts.sort(key=lambda path: path.relative_to(folder).as_posix())
+    left_out: list[str] = []
+    texts = sorted(_find_texts(folder, left_out), key=Path.as_posix)
     corpus = Corpus(str(folder), tuple(texts), left_out=tuple(sorted(left_out)))
     if not texts:
         raise corpus_error(folder, f" has no text file in it ({corpus.summary()})")
     return corpus
 
 
-def _find_texts(folder: Path, left_out: list[tuple[Path, str]]) -> Iterator[Path]:
-    """The text files below `folder`; other paths are appended to `left_out` with the reason."""
+def _find_texts(folder: Path, left_out: list[str]) -> Iterator[Path]:
+    """The text files below `folder`; the names of other files are appended to `left_out`."""
     for path in folder.iterdir():
-        if reason := _why_left_out(path):
-            left_out.append((path, reason))
-        elif path.is_dir():
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name.startswith("."):
+            reason = "hidden"
+        elif is_folder:
+            of_a_run = path.name in RUN_FOLDERS or path == cache_dir()
+            reason = "written by runs" if of_a_run else ""
+        else:
+            reason = _why_not_text(path)
+        if reason:
+            left_out.append(f"{printable(path.name)} ({reason})")
+        elif is_folder:
             yield from _find_texts(path, left_out)
         else:
             yield path
-
-
-def _why_left_out(path: Path) -> str:
-    """The reason why a folder corpus leaves out this file or folder, or ""."""
-    if path.name.startswith("."):
-        return "hidden"
-    if not path.is_dir():
-        return _why_not_text(path)
-    if path.is_symlink():
-        return "linked folder"
-    of_a_run = path.name in RUN_FOLDERS or path == cache_dir()
-    return "written by runs" if of_a_run else ""
 
 
 def _why_not_text(path: Path) -> str:
@@ -225,39 +215,26 @@ def _why_not_text(path: Path) -> str:
         return "not a regular file"
     with path.open("rb") as file:
         head = file.read(HEAD)
-    if head in (b"", codecs.BOM_UTF8):
-        return "empty"
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16, convert it to UTF-8"
-    if (nul := head.find(b"\0")) >= 0:
-        return f"binary, NUL byte at byte offset {nul}"
-    return ""
+    if b"\0" in head:
+        return "binary or UTF-16"
+    return "" if head else "empty"
 
 
-def _read_text(path: Path, size: int, advance: Callable[[int], object]) -> Iterator[str]:
+def _read_text(path: Path, size: int, bar) -> Iterator[str]:
     """The non-empty pieces of a file's text, line ends translated, byte-order mark dropped."""
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    data, offset = b"", 0  # bytes that are not decoded yet, and their offset in the file
-    at_end = False
-    with path.open("rb", buffering=0) as file:
-        while not at_end:
-            block = file.read(size)
-            data += block
-            at_end = not block
-            if (nul := data.find(b"\0")) >= 0:
-                raise corpus_error(path, f" is binary: NUL byte at byte offset {offset + nul}")
-            try:
-                text, used = codecs.utf_8_decode(data, "strict", at_end)
-            except UnicodeDecodeError as error:
-                at = f"{error.reason} at byte offset {offset + error.start}"
-                message = f" is not UTF-8 text: {at}; convert it to UTF-8"
-                raise corpus_error(path, message) from None
-            if offset == 0:
-                text = text.removeprefix("\ufeff")
-            data, offset = data[used:], offset + used
-            if text := newlines.decode(text, at_end):
+    with path.open(encoding="utf-8-sig") as file:
+        done = 0
+        try:
+            while text := file.read(size):
+                bar.update(file.buffer.tell() - done)
+                done = file.buffer.tell()
                 yield text
-            advance(len(block))
+        except UnicodeDecodeError as error:
+            # error.object is what the decoder has read last
+            offset = file.buffer.tell() - len(error.object) + error.start
+            at = f"{error.reason} at byte offset {offset}"
+            message = f" is not UTF-8 text: {at}; convert it to UTF-8"
+            raise corpus_error(path, message) from None
 
 
 # --- the embedded corpus --------------------------------------------------------------------------
@@ -277,10 +254,7 @@ def _playwright(name: str) -> Corpus:
         )
     path = cache_dir() / f"playwright-v{playwright.GRAMMAR_VERSION}-{seed}-{chars}.txt"
     floor_path = path.with_suffix(".nats")
-    if not path.exists():
-        with lock(path):
-            if not path.exists():
-                _generate(seed, chars, path, floor_path)
+    make_once(path, lambda: _generate(seed, chars, path, floor_path))
     return Corpus(f"playwright:{seed}:{chars}", (path,), floor_path)
 
 
@@ -309,80 +283,45 @@ def _from_url(name: str) -> Corpus:
     digest = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
     if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
         raise corpus_error(name, ": #sha256= must be followed by 64 hex digits")
-    try:
-        parts = urlsplit(url)
-        if not parts.hostname or parts.port == 0:
-            raise ValueError("it names no host")
-    except ValueError as error:  # also of a port that is not a number
-        raise corpus_error(name, f" is not a URL: {error}") from None
-    if "@" in parts.netloc:  # the name would be written to logs and checkpoints
+    if re.match("[^/]*//[^/?]*@", url):  # the name would be written to logs and checkpoints
         raise corpus_error("URL", ": a URL with a user name or a password is not accepted")
-    path = cache_dir() / f"url-{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()}.txt"
+    if not digest and not re.match(SECURE, url, re.IGNORECASE):
+        advice = "plain http can be changed on the way; use https:// or add #sha256=HEX"
+        raise corpus_error(name, f": {advice}")
+    # The checksum is part of the file's name, so a text that fails it is used by no other name.
+    path = cache_dir() / f"url-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()}.txt"
     _download(name, url, path, digest)
     return Corpus(name, (path,))
 
 
 def _download(name: str, url: str, path: Path, digest: str | None) -> None:
     """Make sure that `path` holds the text of `url`, with this SHA-256 if one is given."""
-    if not path.exists():
-        with lock(path):
-            if not path.exists():  # another process may have been faster
-                return _fetch(name, url, path, digest)
+    make_once(path, lambda: _fetch(name, url, path))
     if digest and (actual := file_sha256(path)) != digest:
         mismatch = f"{path} has the SHA-256 {actual[:12]}... instead of {digest[:12]}..."
         raise corpus_error(name, f": {mismatch}; delete the file and run again")
 
 
-def _fetch(name: str, url: str, path: Path, digest: str | None) -> None:
+def _fetch(name: str, url: str, path: Path) -> None:
     import aiohttp  # not above: these two take time to import, and most runs need no download
     import fsspec
 
-    def failed(reason: object) -> UserError:
-        reason = printable(str(reason)[:300])  # may quote the server
-        advice = f"run again, or save the file as {path}"
-        return corpus_error(name, f": download failed ({reason}); {advice}")
-
-    limit = _download_limit()
-    insecure = "plain http can be changed on the way; use https:// or add #sha256=HEX"
-    if not digest and not _is_secure(url):
-        raise failed(insecure)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
     client = {"timeout": timeout, "trust_env": True}  # trust_env: proxies
     web = fsspec.filesystem("http", skip_instance_cache=True, client_kwargs=client)
-    sha256, received = hashlib.sha256(), 0
     try:
-        # block_size=0 streams the file; any size saves a request that asks for it
-        with write_atomically(path) as file, web.open(url, block_size=0, size=1) as source:
-            if not digest and not _is_secure(str(source.r.url)):  # after redirects
-                raise failed(insecure)
-            size = int(source.r.headers.get("Content-Length", 0))
-            with progress(size or None, "download") as bar:
-                while block := source.read(1 << 20):
-                    received += len(block)
-                    if max(size, received) > limit:
-                        raise failed(f"it is larger than GPT_LIGHTNING_MAX_DOWNLOAD={limit} bytes")
-                    sha256.update(block)
-                    file.write(block)
-                    bar.update(len(block))
-            if not received:
-                raise failed("the server sent an empty file")
-            if digest and (actual := sha256.hexdigest()) != digest:
-                raise failed(f"its SHA-256 is {actual[:12]}... instead of {digest[:12]}...")
-    except FileNotFoundError as error:
-        raise failed(f"404, not found: {error}") from error
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise failed(str(error) or type(error).__name__) from error
-
-
-def _is_secure(url: str) -> bool:
-    """Whether nobody can change the text of this URL on its way here."""
-    parts = urlsplit(url)
-    return parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
-
-
-def _download_limit() -> int:
-    """The most bytes that a download may have: $GPT_LIGHTNING_MAX_DOWNLOAD, or 4 GiB."""
-    text = os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD") or str(4 << 30)
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise UserError(f"GPT_LIGHTNING_MAX_DOWNLOAD={printable(text)} must be a number of bytes")
-    return int(text)
+        with (
+            write_atomically(path) as file,
+            # block_size=0 streams the file; any size saves a request that asks for it
+            web.open(url, block_size=0, size=1) as source,
+            progress(None, "download") as bar,
+        ):
+            while block := source.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            if not file.tell():
+                raise OSError("the server sent an empty file")
+    except (aiohttp.ClientError, OSError) as error:
+        reason = printable(f"{type(error).__name__}: {error}"[:300])  # may quote the server
+        advice = f"run again, or save the file as {path}"
+        raise corpus_error(name, f": download failed ({reason}); {advice}") from error

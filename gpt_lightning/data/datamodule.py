@@ -7,21 +7,22 @@
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from gpt_lightning.data.corpus import Corpus, corpus_error, find_corpus
-from gpt_lightning.data.tokenizers import KINDS, UNKNOWN, Tokenizer, choose
+from gpt_lightning.data.corpus import corpus_error, find_corpus
+from gpt_lightning.data.tokenizers import KINDS, UNKNOWN, choose
 from gpt_lightning.data.tokens import TokenFile, prepare_tokens
 from gpt_lightning.data.windows import (
     SPLITS,
-    ExactWindows,
     RandomWindows,
     SlidingWindows,
     Span,
+    exact_batches,
     first_tokens,
     split_spans,
 )
@@ -44,18 +45,15 @@ def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
 
 
 class Loader:
-    """An iterable of batches, for a Trainer or a plain loop. Subclasses define `places`.
+    """An iterable of batches, for a Trainer or a plain loop.
 
-    It is not a DataLoader: a memory map needs no worker processes, and Lightning uses other
-    iterables as they are, also in distributed runs.
+    Subclasses define `places(rank, world_size)`: window starts (B,) and window length of each
+    batch of this rank. It is not a DataLoader: a memory map needs no worker processes, and
+    Lightning uses other iterables as they are, also in distributed runs.
     """
 
     def __init__(self, data: "TextDataModule"):
         self.data = data
-
-    def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Window starts (B,) and window length of each batch of this rank."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Batch]:
         tokens, pin = self.data.tokens, self.data.device_type == "cuda"
@@ -63,9 +61,8 @@ class Loader:
             x, y = gather(tokens, starts, length)
             yield (x.pin_memory(), y.pin_memory()) if pin else (x, y)
 
-    # Lightning warns when a run resumes with loaders that lack these two. The position in the
-    # text follows from the trainer's step, so there is no state.
-
+    # Lightning warns when a run resumes with loaders that lack these two. There is no state: the
+    # position in the text follows from the trainer's step.
     def state_dict(self) -> dict:
         return {}
 
@@ -90,38 +87,30 @@ class TrainLoader(Loader):
 
     def __len__(self) -> int:
         trainer, (_, world_size) = self.data.trainer, self.data.rank_and_world_size
-        return self.data.batches_per_epoch(
-            world_size, trainer.accumulate_grad_batches if trainer else 1
-        )
+        accumulate = trainer.accumulate_grad_batches if trainer else 1
+        return self.data.batches_per_epoch(world_size, accumulate)
 
 
 class ExactLoader(Loader):
     """Batches of the validation text, divided among the ranks: each token is predicted once.
 
-    A span may end with a window shorter than block_size. Such a window is a batch of its own.
+    The last window of a span may be shorter than block_size; it is a batch of its own.
     """
 
     def __init__(self, data: "TextDataModule", batch_size: int):
         super().__init__(data)
-        self.windows = ExactWindows(data.val_spans, data.hparams.block_size)
         self.batch_size = batch_size
-        self.full = -(-len(self.windows) // batch_size)  # batches of windows of block_size
 
-    def _batches(self, rank: int, world_size: int) -> range:
-        return range(rank, self.full + len(self.windows.short), world_size)
+    def _batches(self, rank: int, world_size: int) -> Iterator[tuple[int, int, int]]:
+        batches = exact_batches(self.data.val_spans, self.data.hparams.block_size, self.batch_size)
+        return islice(batches, rank, None, world_size)
 
     def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
-        size, count = self.batch_size, len(self.windows)
-        for i in self._batches(rank, world_size):
-            if i < self.full:
-                numbers = np.arange(i * size, min((i + 1) * size, count), dtype=np.int64)
-                yield self.windows.starts(numbers), self.windows.block_size
-            else:
-                start, length = self.windows.short[i - self.full]
-                yield np.array([start], np.int64), length
+        for start, count, length in self._batches(rank, world_size):
+            yield start + length * np.arange(count), length
 
     def __len__(self) -> int:
-        return len(self._batches(*self.data.rank_and_world_size))
+        return sum(1 for _ in self._batches(*self.data.rank_and_world_size))
 
 
 class TextDataModule(LightningDataModule):
@@ -146,6 +135,7 @@ class TextDataModule(LightningDataModule):
 
     Attributes (after `setup`):
         corpus, corpus_sha256: the text and the digest of its content.
+        tokens: (N,) ids of the whole text, memory-mapped, in the smallest unsigned type that fits.
         tokenizer, vocab_size: of this text.
         train_spans, val_spans: lists of (start, stop) in tokens; val_spans of what is validated.
         windows: where training windows start.
@@ -154,14 +144,6 @@ class TextDataModule(LightningDataModule):
         UserError: for invalid settings; `prepare_data` for a text that cannot be read;
             `setup` for a text that is too short.
     """
-
-    corpus: Corpus
-    corpus_sha256: str
-    tokenizer: Tokenizer
-    vocab_size: int
-    train_spans: list[Span]
-    val_spans: list[Span]
-    windows: SlidingWindows | RandomWindows
 
     def __init__(
         self,
@@ -181,10 +163,13 @@ class TextDataModule(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        choose("tokenizer", tokenizer, KINDS)
-        choose("sampling", sampling, SAMPLING)
-        choose("split", split, SPLITS)
-        choose("unknown", unknown, UNKNOWN)
+        for field, choices in (
+            ("tokenizer", KINDS),
+            ("sampling", SAMPLING),
+            ("split", SPLITS),
+            ("unknown", UNKNOWN),
+        ):
+            choose(field, self.hparams[field], choices)
         for field, value, least in (
             ("block_size", block_size, 1),
             ("batch_size", batch_size, 1),
@@ -193,13 +178,10 @@ class TextDataModule(LightningDataModule):
             ("max_val_tokens", max_val_tokens, block_size + 1),
         ):
             if value is not None and not least <= value <= LARGEST:
-                message = f"{field}={value} must be from {least} to {LARGEST}"
-                raise UserError(message)
+                raise UserError(f"{field}={value} must be from {least} to {LARGEST}")
         if not 0 < val_fraction <= 1:
-            message = f"val_fraction={val_fraction} must be above 0 and at most 1"
-            raise UserError(message)
+            raise UserError(f"val_fraction={val_fraction} must be above 0 and at most 1")
         self.token_file: TokenFile | None = None
-        self._tokens: np.ndarray | None = None
 
     # --- Lightning's hooks ------------------------------------------------------------------------
 
@@ -213,21 +195,44 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Set the attributes; training windows only if `stage` is "fit" or None."""
         self.prepare_data()  # finds the files in the cache if another process has made them
+        hp = self.hparams
         self.corpus_sha256 = self.token_file.corpus_sha256
         self.tokenizer = self.token_file.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
-        self.train_spans, self.val_spans = self._split(self.hparams.block_size)
-        if self.hparams.max_val_tokens is not None:
-            self.val_spans = first_tokens(self.val_spans, self.hparams.max_val_tokens)
+        self.tokens = self.token_file.open()
+        self.train_spans, self.val_spans = split_spans(
+            len(self.tokens), hp.split, hp.val_fraction, hp.block_size
+        )
+        if hp.max_val_tokens is not None:
+            self.val_spans = first_tokens(self.val_spans, hp.max_val_tokens)
         if self.val_tokens < 1:
             raise corpus_error(
                 self.corpus.name,
                 f" has {len(self.tokens):,} tokens, too few to hold out val_fraction="
-                f"{self.hparams.val_fraction} of them; give more text or a larger val_fraction",
+                f"{hp.val_fraction} of them; give more text or a larger val_fraction",
             )
         if stage in (None, "fit"):
-            self._check_sizes()
-            self.windows = self._windows(self.train_spans, self.hparams.block_size)
+            self.windows = self._windows()
+
+    def _windows(self) -> SlidingWindows | RandomWindows:
+        """The training windows; UserError if the text is too short for a batch of them."""
+        hp, world_size = self.hparams, self.rank_and_world_size[1]
+        spans = (self.train_spans, self.val_spans)
+        longest = [max(stop - start for start, stop in part) for part in spans]
+        if min(longest) > hp.block_size:
+            windows: SlidingWindows | RandomWindows
+            if hp.sampling == "random":
+                windows = RandomWindows(self.train_spans, hp.block_size, hp.seed)
+            else:
+                stride = hp.stride or hp.block_size
+                windows = SlidingWindows(self.train_spans, hp.block_size, stride, hp.seed)
+            if len(windows) >= hp.batch_size * world_size:
+                return windows
+        raise UserError(
+            f"block_size={hp.block_size} with batch_size={hp.batch_size} is too large for a text "
+            f"of {len(self.tokens):,} tokens with val_fraction={hp.val_fraction}; choose smaller "
+            "values or give more text"
+        )
 
     def train_dataloader(self) -> TrainLoader:
         self.setup("fit")
@@ -246,17 +251,6 @@ class TextDataModule(LightningDataModule):
     predict_dataloader = val_dataloader
 
     # --- what the rest of the package asks --------------------------------------------------------
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """(N,) the whole text, memory-mapped, in the smallest unsigned type that fits."""
-        if self._tokens is None:
-            # Kept open: another run removes the file if it finds that the text has changed.
-            self._tokens = self.token_file.open()
-        return self._tokens
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tokens": None}  # pickle the path of the file, not the text
 
     @property
     def rank_and_world_size(self) -> tuple[int, int]:
@@ -285,11 +279,8 @@ class TextDataModule(LightningDataModule):
     @property
     def val_characters(self) -> int:
         """Characters that the validation loss predicts; for bytes fewer than tokens."""
-        tokens = self.tokens
-        return sum(
-            self.tokenizer.count_characters(tokens[start + 1 : stop])
-            for start, stop in self.val_spans
-        )
+        spans = [self.tokens[start + 1 : stop] for start, stop in self.val_spans]
+        return sum(self.tokenizer.count_characters(ids) for ids in spans)
 
     @property
     def val_tokens(self) -> int:
@@ -306,47 +297,8 @@ class TextDataModule(LightningDataModule):
     ) -> Iterator[Batch]:
         """`n` random batches for the lecture's `estimate_loss`, divided among the ranks."""
         batch_size, block_size = self.hparams.batch_size, self.hparams.block_size
-        source, tokens = RandomWindows(spans, block_size, self.hparams.seed), self.tokens
+        source = RandomWindows(spans, block_size, self.hparams.seed)
         for i in range(rank, n, world):
             # far beyond the numbers of training windows, so that no batch of training is repeated
             numbers = np.arange(i * batch_size, (i + 1) * batch_size) + (1 << 48)
-            yield gather(tokens, source.starts(numbers), block_size)
-
-    # --- sizes ------------------------------------------------------------------------------------
-
-    def _split(self, block_size: int) -> tuple[list[Span], list[Span]]:
-        hp = self.hparams
-        return split_spans(len(self.tokens), hp.split, hp.val_fraction, block_size)
-
-    def _windows(self, spans: list[Span], block_size: int) -> SlidingWindows | RandomWindows:
-        hp = self.hparams
-        if hp.sampling == "random":
-            return RandomWindows(spans, block_size, hp.seed)
-        return SlidingWindows(spans, block_size, hp.stride or block_size, hp.seed)
-
-    def _largest_batch_size(self, block_size: int) -> int:
-        """The largest batch_size for this block_size; 0 if the text is too short for a window."""
-        train, val = self._split(block_size)
-        longest = (max(stop - start for start, stop in spans) for spans in (train, val))
-        if min(longest) <= block_size:
-            return 0
-        return len(self._windows(train, block_size)) // self.rank_and_world_size[1]
-
-    def _check_sizes(self) -> None:
-        """Raise a UserError that names sizes that fit, if the text is too short for these."""
-        block_size, batch_size = self.hparams.block_size, self.hparams.batch_size
-        largest = self._largest_batch_size(block_size)
-        if largest >= batch_size:
-            return
-        field = "batch_size" if largest else "block_size"
-        while not largest and block_size > 1:
-            block_size //= 2
-            largest = self._largest_batch_size(block_size)
-        fitting = f"block_size={block_size} and batch_size={min(largest, batch_size)} fit"
-        world_size = self.rank_and_world_size[1]
-        processes = f" in each of {world_size} processes" if world_size > 1 else ""
-        raise UserError(
-            f"{field}={self.hparams[field]}{processes} is too large for a text of "
-            f"{len(self.tokens):,} tokens with val_fraction={self.hparams.val_fraction}: "
-            f"{fitting if largest else 'it needs more text'}",
-        )
+            yield gather(self.tokens, source.starts(numbers), block_size)

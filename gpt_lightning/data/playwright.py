@@ -6,9 +6,8 @@ before it), is exact. The sum of the costs is the floor: the lowest loss, in nat
 model can reach on the text. A model can learn spelling, agreement (thou hast, he hath), rhyme, and
 which characters are on stage.
 
-The generator draws one derivation of each line. The recognizer, an independent check, reads only
-the text and sums over all derivations. They share the tables below and `Stage`, which holds what
-the text so far implies for the next line.
+The generator draws one derivation of each line. `Stage` holds what the text so far implies for the
+next line. `tests/playwright_recognizer.py` checks the costs from the text alone.
 """
 
 import math
@@ -183,7 +182,6 @@ class Rule:
         self.sums = list(accumulate(weight for weight, _ in alternatives))
         self.texts = [text for _, text in alternatives]
         self.parts = [re.split(r"@(\w+)", text) for text in self.texts]
-        self.probs = [weight / self.sums[-1] for weight, _ in alternatives]
         self.nats = [math.log(self.sums[-1] / weight) for weight, _ in alternatives]
 
 
@@ -245,12 +243,8 @@ ROWS = [[half.split() for half in row.split("|")] for row in RHYMES.strip().spli
 def _name_rule(names: tuple[str, ...], likely: str, lord: str, lady: str) -> Rule:
     """One of the names, in the given form; `likely` has four times the weight of another."""
     forms = {name: lady if name in LADIES else lord for name in names}
-    return Rule(
-        [
-            (4 if name == likely else 1, form.format(name, name.title()))
-            for name, form in forms.items()
-        ]
-    )
+    weights = {name: 4 if name == likely else 1 for name in names}
+    return Rule([(weights[name], form.format(name, name.title())) for name, form in forms.items()])
 
 
 @cache
@@ -282,9 +276,9 @@ class Stage:
             fall = "title" if self.act == ACTS else "act"
             if self.scene == 1:
                 return {"scene": 1}
-            return (
-                {fall: 1} if self.scene == SCENES else {"scene": moves["scene"], fall: moves["act"]}
-            )
+            if self.scene == SCENES:
+                return {fall: 1}
+            return {"scene": moves["scene"], fall: moves["act"]}
         if "exit" in moves:
             barred = {2: "exit", COMPANY: "enter"}.get(len(self.cast))
             return {kind: weight for kind, weight in moves.items() if kind != barred}
@@ -406,74 +400,6 @@ def write_play(
     nothing = "", np.zeros(0, np.int64), np.zeros(0, np.float64)
     texts, ends, nats = zip(nothing, *write_pieces(seed, chars), strict=True)
     return "".join(texts), np.concatenate(ends), np.concatenate(nats)
-
-
-# --- Recognition ----------------------------------------------------------------------------------
-
-Spans = dict[int, tuple[float, int]]  # end offset -> total probability, number of derivations
-
-
-def _spans(stage: Stage, symbol: str, line: str, start: int, seen: dict) -> Spans:
-    """Where a symbol that starts at `start` can end, summed over all its derivations."""
-    if (symbol, start) in seen:
-        return seen[symbol, start]
-    rule, found = stage.rule(symbol), {}
-    for prob, parts in zip(rule.probs, rule.parts, strict=True):
-        if not line.startswith(parts[0], start):
-            continue
-        ends = {start + len(parts[0]): (prob, 1)}
-        for inner, literal in zip(parts[1::2], parts[2::2], strict=True):
-            after: Spans = {}
-            for middle, left in ends.items():
-                for end, right in _spans(stage, inner, line, middle, seen).items():
-                    if line.startswith(literal, end):
-                        _add(after, end + len(literal), left[0] * right[0], left[1] * right[1])
-            ends = after
-        for end, (mass, ways) in ends.items():
-            _add(found, end, mass, ways)
-    seen[symbol, start] = found
-    return found
-
-
-def _add(spans: Spans, end: int, mass: float, ways: int) -> None:
-    old_mass, old_ways = spans.get(end, (0.0, 0))
-    spans[end] = old_mass + mass, old_ways + ways
-
-
-def _readings(stage: Stage, line: str) -> list[tuple[str, float, int]]:
-    """All (kind, probability, number of derivations) that a line can have in this state."""
-    moves, readings = stage.moves(), []
-    if line[:1].islower():
-        return []
-    sources = sorted({line, line[:1].lower() + line[1:]})  # generation capitalises the first letter
-    for kind, weight in moves.items():
-        for source in sources:
-            mass, ways = _spans(stage, kind, source, 0, {}).get(len(source), (0.0, 0))
-            if ways:
-                readings.append((kind, mass * weight / sum(moves.values()), ways))
-    return readings
-
-
-def recognize(text: str) -> np.ndarray:
-    """The cost in nats of each line of a text, float64 (L,), computed from the text alone.
-
-    Raises:
-        ValueError: with the line's number, if the text is not whole lines of this grammar.
-    """
-    *lines, rest = text.split("\n")
-    stage, nats = Stage(), []
-    for number, line in enumerate(lines, 1):
-        readings = _readings(stage, line)
-        if not readings:
-            raise ValueError(f"line {number} is not a line of the grammar here: {line!r}")
-        if len(readings) > 1 or readings[0][2] > 1:
-            raise ValueError(f"line {number} has more than one derivation: {line!r}")
-        kind, mass, _ = readings[0]
-        nats.append(-math.log(mass))
-        stage.update(kind, line)
-    if rest:
-        raise ValueError(f"line {len(lines) + 1} does not end with a newline: {rest!r}")
-    return np.array(nats, np.float64)
 
 
 def floor(line_ends: np.ndarray, nats: np.ndarray, start: int, stop: int) -> float:

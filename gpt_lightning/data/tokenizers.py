@@ -35,14 +35,9 @@ def _code_points(text: str) -> np.ndarray:
 
 def _check_ids(ids, vocab_size: int) -> np.ndarray:
     """`ids` as a flat integer array; ValueError for an id outside the vocabulary."""
-    ids = np.asarray(ids).reshape(-1)
-    if ids.size == 0:
-        return ids.astype(np.uint8)
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"token ids must be integers, not {ids.dtype}")
-    for bound in (ids.min(), ids.max()):
-        if not 0 <= bound < vocab_size:
-            raise ValueError(f"token id {bound} is outside the vocabulary of {vocab_size} tokens")
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"a token id is outside the vocabulary of {vocab_size} tokens")
     return ids
 
 
@@ -77,28 +72,15 @@ class CharTokenizer:
         # id of each code point; the last entry is for all code points beyond the table
         self._table = np.full(int(codes.max()) + 2, -1, np.int32)
         self._table[codes] = np.arange(self.vocab_size)
-        # the same for bytes.translate, which is several times as fast for ASCII text
-        self._ascii = bytes(int(code) for code in codes if code < 128)
-        self._ascii_table = None
-        if self.dtype == np.uint8:
-            ids = self._table.take(np.arange(256), mode="clip")
-            self._ascii_table = np.maximum(ids, 0).astype(np.uint8).tobytes()
 
     @classmethod
     def train(cls, chunks: Iterable[str], unknown: str = "error") -> CharTokenizer:
         """The tokenizer of the sorted distinct characters of a text, given in chunks."""
-        ascii_seen, seen = b"", np.zeros(0x110000, bool)
+        seen = np.zeros(0x110000, bool)
         for chunk in chunks:
-            if chunk.isascii():
-                # delete the known characters, learn from the rest: one fast pass for most chunks
-                rest = chunk.encode("ascii")
-                while rest := rest.translate(None, ascii_seen):
-                    ascii_seen += bytes(set(rest[:4096]))
-            else:
-                codes = _code_points(chunk)
-                if not seen.take(codes).all():  # rarely true, and cheaper than to set them all
-                    seen[codes] = True
-        seen[list(ascii_seen)] = True
+            codes = _code_points(chunk)
+            if not seen.take(codes).all():  # rarely true, and cheaper than to set them all
+                seen[codes] = True
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())), unknown)
 
     @property
@@ -114,35 +96,25 @@ class CharTokenizer:
         Raises:
             UserError: for an unknown character, unless it is dropped or replaced.
         """
-        if text.isascii():
-            raw = bytearray(text, "ascii")  # not bytes: the array must be writable
-            if self._ascii_table and not raw.translate(None, self._ascii):
-                return np.frombuffer(raw.translate(self._ascii_table), np.uint8)
-            codes = np.frombuffer(raw, np.uint8)
-        else:
-            codes = _code_points(text)
-        ids = self._table.take(codes, mode="clip")
-        if ids.size and ids.min() < 0:
-            ids = self._handle_unknown(ids, text, offset)
+        ids = self._table.take(_code_points(text), mode="clip")
+        is_unknown = ids < 0
+        if is_unknown.any():
+            replacements = [c for c in REPLACEMENTS if c in self.vocabulary]
+            if self.unknown == "drop":
+                ids = ids[~is_unknown]
+            elif self.unknown == "replace" and replacements:
+                ids[is_unknown] = self.vocabulary.index(replacements[0])
+            else:
+                raise self._unknown_error(text, int(is_unknown.argmax()), offset)
         return ids.astype(self.dtype)
 
-    def _handle_unknown(self, ids: np.ndarray, text: str, offset: int) -> np.ndarray:
-        if self.unknown == "drop":
-            return ids[ids >= 0]
-        advice = "unknown=drop leaves such characters out, unknown=replace replaces them"
-        if self.unknown == "replace":
-            replacement = next((c for c in REPLACEMENTS if c in self.vocabulary), None)
-            if replacement is not None:
-                return np.where(ids < 0, self.vocabulary.index(replacement), ids)
-            advice = (
-                "it cannot be replaced, because none of U+FFFD, '?', ' ', '\\n' is in the "
-                "vocabulary either; unknown=drop leaves such characters out"
-            )
-        at = int(np.argmax(ids < 0))
+    def _unknown_error(self, text: str, at: int, offset: int) -> UserError:
         name = unicodedata.name(text[at], "")
-        raise UserError(
+        return UserError(
             f"the character {text[at]!r} (U+{ord(text[at]):04X}{name and ' ' + name}) at position "
-            f"{offset + at} is not in the vocabulary of {self.vocab_size} characters; {advice}"
+            f"{offset + at} is not in the vocabulary of {self.vocab_size} characters; unknown=drop "
+            "leaves such characters out, unknown=replace replaces them with U+FFFD, '?', ' ' or "
+            "'\\n' if the vocabulary has one of these"
         )
 
     def decode(self, ids) -> str:
@@ -152,15 +124,7 @@ class CharTokenizer:
 
     def stream_decoder(self) -> Callable[[int | None], str]:
         """A function from one id to its text; None marks the end of the text."""
-
-        def decode(token: int | None) -> str:
-            if token is None:
-                return ""
-            # `decode` takes forty times as long for a single id; it raises the error
-            known = 0 <= token < self.vocab_size
-            return self.vocabulary[token] if known else self.decode([token])
-
-        return decode
+        return lambda token: "" if token is None else self.vocabulary[token]
 
     def count_characters(self, ids) -> int:
         """The number of characters in the text of `ids`."""
@@ -220,13 +184,4 @@ def tokenizer_from_state(state: dict, unknown: str = "error") -> Tokenizer:
         return ByteTokenizer()
     if kind == "char":
         return CharTokenizer(state.get("vocabulary", ""), unknown)
-    raise UserError(
-        'not the state of a tokenizer: expected {"kind": "char", "vocabulary": "..."} or '
-        f'{{"kind": "byte"}}, got {str(state)[:60]!r}'
-    )
-
-
-def train_tokenizer(kind: str, chunks: Iterable[str], unknown: str = "error") -> Tokenizer:
-    """A tokenizer of this kind for the text in `chunks`, which "byte" does not read."""
-    choose("tokenizer", kind, KINDS)
-    return ByteTokenizer() if kind == "byte" else CharTokenizer.train(chunks, unknown)
+    raise UserError(f"not the state of a tokenizer: {str(state)[:60]!r}")

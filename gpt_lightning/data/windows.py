@@ -8,6 +8,8 @@ windows that the uninterrupted run would have used.
 Legend: B batch, T block_size, N windows asked for.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 Span = tuple[int, int]  # tokens [start, stop) of one uninterrupted piece of text
@@ -150,8 +152,6 @@ def split_spans(
     Returns:
         training spans and validation spans, each [(start, stop), ...] in order.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     held_out = length - int(length * (1 - fraction))
     if split == "tail":
         return [(0, length - held_out)], [(length - held_out, length)]
@@ -177,28 +177,17 @@ def first_tokens(spans: list[Span], most: int) -> list[Span]:
     return kept
 
 
-class ExactWindows:
-    """Windows that predict each token of each span, except its first, exactly once.
+def exact_batches(
+    spans: list[Span], block_size: int, batch_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Adjacent windows that predict each token of each span, except its first, exactly once.
 
-    `len` and `starts` are about the windows of `block_size`. `short` lists (start, length) of the
-    others: at most one at the end of each span.
+    Yields for each batch its first token, number of windows, and window length. The last window of
+    a span may be shorter than `block_size`; it is a batch of its own.
     """
-
-    def __init__(self, spans: list[Span], block_size: int):
-        self.block_size = block_size
-        targets = np.array([max(0, stop - start - 1) for start, stop in spans], np.int64)
-        self.firsts = np.array([start for start, _ in spans], np.int64)
-        self.counts, rests = np.divmod(targets, block_size)
-        self.ends = np.cumsum(self.counts)
-        at = self.firsts + self.counts * block_size
-        self.short = [
-            (int(start), int(rest)) for start, rest in zip(at, rests, strict=True) if rest
-        ]
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def starts(self, numbers: np.ndarray) -> np.ndarray:
-        """Start token of each window: (N,) int64 window numbers -> (N,) int64."""
-        span = np.searchsorted(self.ends, numbers, side="right")
-        return self.firsts[span] + (numbers - (self.ends - self.counts)[span]) * self.block_size
+    for start, stop in spans:
+        while (targets := stop - start - 1) > 0:
+            length = min(block_size, targets)
+            count = min(batch_size, targets // length)
+            yield start, count, length
+            start += count * length

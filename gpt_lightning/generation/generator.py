@@ -36,16 +36,15 @@ def generate(
     for every token.)
 
     Args:
-        model: (ids (B, T), cache) -> logits (B, T, V), with `config.block_size`. It is in eval
-            mode meanwhile.
+        model: (ids (B, T), cache) -> logits (B, T, V). It is in eval mode meanwhile.
         ids: (B, T) int64, T at least 1; the last `block_size` tokens count.
         max_new_tokens: largest number of steps.
         sampling: how tokens are drawn.
         generator: a CPU generator; its seed decides the text.
-        stop: token sequences that end a sample once it has generated one of them.
+        stop: token sequences that end a sample.
 
     Yields:
-        a list of B ids, None for samples that have ended. Stops when all have.
+        B ids, None for samples that have ended, until all have.
 
     Raises:
         UserError: if the model's logits are not finite.
@@ -82,10 +81,6 @@ def generate(
 class TextGenerator:
     """A model with its tokenizer: text in, text out.
 
-    Args:
-        model: token ids (B, T) -> logits (B, T, V).
-        tokenizer: of the text that the model was trained on.
-
     Example:
         >>> generator = TextGenerator.load("lightning_logs/version_0/checkpoints/best.ckpt")
         >>> print(generator.generate("ROMEO:", max_new_tokens=200, seed=1)[0])
@@ -107,14 +102,12 @@ class TextGenerator:
         Args:
             path: the checkpoint file.
             device: device that the model runs on.
-            precision: of the weights: `fp32` as trained, `bf16`, `int8`, or `auto`: int8 if a short
-                measurement finds it clearly faster (see `quantize`).
+            precision: of the weights: `auto`, `fp32`, `bf16` or `int8` (see `quantize`).
             unknown: what to do with characters of a prompt that the vocabulary lacks: `error`,
                 `drop` or `replace`.
 
         Raises:
-            UserError: if the file is missing, damaged or not a checkpoint of this package, or for
-                an unknown precision.
+            UserError: for a file that is not an intact checkpoint, or an unknown precision.
         """
         model, tokenizer = model_and_tokenizer(read_checkpoint(path), path, unknown)
         return cls(quantize(model.to(device).eval(), precision), tokenizer)
@@ -132,20 +125,20 @@ class TextGenerator:
         """Continue `prompt`; yield the new text of each sample, token by token.
 
         Args:
-            prompt: text to continue; it is not part of what is yielded. An empty prompt starts at
-                the beginning of a line, as in the lecture.
+            prompt: text to continue; it is not yielded. An empty prompt starts a new line, as in
+                the lecture.
             max_new_tokens: largest number of tokens (characters or bytes) to generate.
             sampling: how tokens are drawn; by default from the model's own probabilities.
             seed: the same seed gives the same text.
             num_samples: B, number of texts to generate in parallel.
-            stop: strings that end a sample once generated.
+            stop: strings that end a sample.
 
         Yields:
             B strings; a sample that has ended, or whose character is not complete, adds "".
 
         Raises:
-            UserError: for a prompt or stop string with an unknown character, a setting out of
-                range, or a model whose logits are not finite.
+            UserError: for an unknown character in `prompt` or `stop`, a setting out of range, or a
+                model whose logits are not finite.
         """
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
@@ -177,10 +170,7 @@ class TextGenerator:
         num_samples: int = 1,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """The texts of `stream`, complete and with the prompt: `num_samples` strings.
-
-        Arguments and errors are those of `stream`.
-        """
+        """The complete texts of `stream`, with the prompt: `num_samples` strings."""
         steps = self.stream(
             prompt,
             max_new_tokens=max_new_tokens,

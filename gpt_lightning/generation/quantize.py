@@ -22,11 +22,7 @@ FEW = 16  # rows; for more of them, a matrix product in bf16 is faster
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with integer weights from -127 to 127 and one scale for each output.
-
-    Args:
-        linear: the layer to round, of any float type.
-    """
+    """A linear layer, rounded to integer weights from -127 to 127 and one scale per output."""
 
     weight: torch.Tensor
     scale: torch.Tensor
@@ -62,8 +58,8 @@ def quantize(model: nn.Module, precision: str) -> nn.Module:
 
     Args:
         model: token ids (B, T) -> logits (B, T, V).
-        precision: `fp32`, `bf16`, `int8`, or `auto`: int8 for a large model on a CPU if a
-            measurement of some milliseconds finds it at least 1.5 times as fast, otherwise fp32.
+        precision: `fp32` as trained, `bf16`, `int8`, or `auto`: int8 for a large model on a CPU if
+            a measurement of some milliseconds finds it 1.5 times as fast, otherwise fp32.
 
     Raises:
         UserError: for an unknown precision, or int8 on another device than a CPU.
@@ -71,11 +67,10 @@ def quantize(model: nn.Module, precision: str) -> nn.Module:
     device = next(model.parameters()).device.type
     if precision not in PRECISIONS:
         hint = did_you_mean(precision, PRECISIONS)
-        message = f"precision={precision} is unknown; choose one of {', '.join(PRECISIONS)}{hint}"
-        raise UserError(message)
+        choices = ", ".join(PRECISIONS)
+        raise UserError(f"precision={precision} is unknown; choose one of {choices}{hint}")
     if precision == "int8" and device != "cpu":
-        message = f"precision=int8 is for a CPU, not for device={device}; choose bf16"
-        raise UserError(message)
+        raise UserError(f"precision=int8 is for a CPU, not for device={device}; choose bf16")
     if precision == "auto":
         sizes = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)]
         if device != "cpu" or sum(sizes) < LARGE:

@@ -37,8 +37,7 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            message = f"temperature={self.temperature} must be 0 or a positive number"
-            raise UserError(message)
+            raise UserError(f"temperature={self.temperature} must be 0 or a positive number")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} must be at least 1")
         for name in ("top_p", "min_p"):

@@ -51,8 +51,7 @@ def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
     name = str(settings.pop("name", None))
     if name not in CONFIGS:
         hint = did_you_mean(name, CONFIGS)
-        message = f"name={name} is not a model; choose one of {', '.join(CONFIGS)}{hint}"
-        raise UserError(message)
+        raise UserError(f"name={name} is not a model; choose one of {', '.join(CONFIGS)}{hint}")
     types = {field.name: get_args(field.type) or (field.type,) for field in fields(CONFIGS[name])}
     for key, value in settings.items():
         shown = f"{key}={json.dumps(value, default=str)}"

@@ -15,15 +15,9 @@ FEW = 8  # samples; for so many at most, the cache on a CPU is in fp32
 def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """softmax(scale q k^T) v, where no position attends to a later one.
+    """softmax(scale q k^T) v (B, H, T, D), where no position attends to a later one.
 
-    Args:
-        q, k, v: (B, H, T, D) each.
-        scale: factor of the scores.
-        dropout: fraction of the attention weights to drop.
-
-    Returns:
-        (B, H, T, D)
+    `dropout` is the fraction of the attention weights to drop.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(

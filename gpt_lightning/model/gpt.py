@@ -202,15 +202,9 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the next token at each position.
+        """Logits of the next token for ids (B, T); with a cache, those of the new tokens.
 
-        Args:
-            ids: (B, T) a window of tokens.
-            cache: for generation; only the tokens that it does not hold yet are computed.
-            targets: (B, T) the next tokens, for `multi_token_loss`.
-
-        Returns:
-            logits (B, T, V), with a cache those of the new tokens; with targets also the loss.
+        With targets (B, T), the next tokens, returns logits and `multi_token_loss`.
         """
         start, stop = 0 if cache is None else cache.length, ids.shape[1]
         assert stop <= self.config.block_size, f"{stop} tokens, block_size {self.config.block_size}"

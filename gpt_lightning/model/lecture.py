@@ -1,9 +1,8 @@
 """The lecture's models: the bigram model and the GPT.
 
 With its defaults, `LectureGPT` is the lecture's final GPT. Each switch of `LectureConfig` turns off
-one of its ideas, so that the configs in `configs/lecture/` can describe every model of the lecture.
-`tests/lecture_oracle.py` writes out each of these models as the lecture does; the tests check that
-both compute the same.
+one of its ideas, so that the configs in `configs/lecture/` describe every model of the lecture.
+The tests check that each equals the lecture's own code in `tests/lecture_oracle.py`.
 
 Legend: B batch, T time (at most block_size), C channels (n_embd), H heads, D head size (C / H),
 V vocabulary.
@@ -138,10 +137,7 @@ class MultiHeadAttention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4).unbind()
 
     def weights(self, q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> torch.Tensor:
-        """Attention weights (B, H, T, T): each row is a distribution over positions.
-
-        `causal=False` leaves the mask out, as in an encoder.
-        """
+        """Attention weights (B, H, T, T); without a mask if not `causal`, as in an encoder."""
         wei = q @ k.transpose(-2, -1) * self.scale  # (B, H, T, T)
         if causal:
             future = torch.ones_like(wei, dtype=torch.bool).triu(1)
@@ -222,15 +218,7 @@ class LectureGPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits of the next token at each position.
-
-        Args:
-            ids: (B, T) a window of tokens.
-            cache: for generation; only the tokens that it does not hold yet are computed.
-
-        Returns:
-            (B, T, V); with a cache, those of the new tokens.
-        """
+        """Logits of the next token for ids (B, T); with a cache, those of the new tokens."""
         start, stop = 0 if cache is None else cache.length, ids.shape[1]
         assert stop <= self.config.block_size, f"{stop} tokens, block_size {self.config.block_size}"
         positions = torch.arange(start, stop, device=ids.device)
@@ -261,8 +249,7 @@ class Bigram(nn.Module):
 
         Args:
             pieces: token ids (N,) of each contiguous piece of text.
-            smoothing: added to each of the V * V counts, so that a pair that never occurs has a
-                finite loss (Laplace's rule at 1).
+            smoothing: added to each count, so that a pair that never occurs has a finite loss.
         """
         V = self.config.vocab_size
         counts = torch.zeros(V * V, dtype=torch.float64)

@@ -312,6 +312,16 @@ class GPTModule(LightningModule):
 
     # checkpoints
 
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """All settings of the model and, under a Trainer, of the data, as the command line's."""
+        config = asdict(self.config)
+        model = {k: v for k, v in config.items() if k not in ("vocab_size", "block_size")}
+        model |= asdict(self.optimizer_config)
+        model |= {k: v for k, v in self.hparams.items() if k not in ("model", "optimizer", "seed")}
+        data = dict(self.data.hparams) if self.data else {}
+        data.pop("seed", None)
+        return {"model": {"name": self.config.name, **model}, "data": data}
+
     def describe(self, data: TextDataModule) -> dict[str, Any]:
         """What makes a checkpoint self-contained; see `checkpoint.describe`."""
         corpus = {
@@ -320,7 +330,8 @@ class GPTModule(LightningModule):
             "split": data.hparams.split,
             "val_fraction": data.hparams.val_fraction,
         }
-        return describe(self.config, data.tokenizer.state(), corpus, self.run_settings)
+        settings = self.run_settings or self.settings()
+        return describe(self.config, data.tokenizer.state(), corpus, settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.data is not None:

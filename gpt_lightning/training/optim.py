@@ -48,25 +48,15 @@ class OptimizerConfig:
     beta2: float = 0.99
 
     def __post_init__(self):
-        for name, choices in (("optimizer", ("muon", "adamw")), ("schedule", ("linear", "cosine"))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise UserError(f"{name}={value} must be {' or '.join(choices)}")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise UserError(f"{name}={value} must be at least 0 and below 1")
-        for name in (
-            "learning_rate",
-            "muon_learning_rate",
-            "min_lr",
-            "warmup_steps",
-            "lr_decay_steps",
-            "weight_decay",
-            "embedding_weight_decay",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+        choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine")}
+        for name, value in vars(self).items():
+            if name in choices:
+                if value not in choices[name]:
+                    raise UserError(f"{name}={value} must be {' or '.join(choices[name])}")
+            elif name in ("beta1", "beta2"):
+                if not 0 <= value < 1:
+                    raise UserError(f"{name}={value} must be at least 0 and below 1")
+            elif value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{name}={value} must be a number of at least 0")
 
 
@@ -93,10 +83,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a model's trainable parameters.
 
-    Args:
-        model: the network.
-        config: which optimizer, its peak learning rates and weight decays.
-        fused: whether AdamW may run as one kernel. Must be False with gradient scaling (fp16).
+    `fused` allows AdamW to run as one kernel. It must be False with gradient scaling (fp16).
 
     Raises:
         UserError: if Muon is asked for and the model has no matrices for it.
@@ -112,14 +99,8 @@ def build_optimizer(
     hidden_ids = {id(p) for p in hidden}
     others = [p for p in parameters if id(p) not in hidden_ids]
     groups = decay_groups(others, config.embedding_weight_decay)
-    groups.append(
-        {
-            "params": hidden,
-            "muon": True,
-            "lr": config.muon_learning_rate,
-            "weight_decay": config.weight_decay or 0.0,
-        }
-    )
+    muon = {"muon": True, "lr": config.muon_learning_rate}
+    groups.append({"params": hidden, "weight_decay": config.weight_decay or 0.0, **muon})
     return MuonAdamW(groups, lr=config.learning_rate, betas=betas, fused=one_kernel)
 
 
@@ -133,21 +114,16 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[di
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The trainable weights of the linear layers inside a model's `blocks`, which Muon trains.
-
-    Raises:
-        UserError: if the model has none.
-    """
+    """The trainable weights of the linear layers inside a model's `blocks`, which Muon trains."""
     found = [
         module.weight
         for name, module in model.named_modules()
-        if "blocks" in name.split(".")
-        and isinstance(module, nn.Linear)
-        and module.weight.requires_grad
+        if isinstance(module, nn.Linear) and "blocks" in name.split(".")
     ]
+    found = [weight for weight in found if weight.requires_grad]
     if not found:
         raise UserError(
-            "optimizer=muon needs a model with matrices inside blocks; use optimizer=adamw",
+            "optimizer=muon needs a model with matrices inside blocks; use optimizer=adamw"
         )
     return found
 
@@ -159,16 +135,13 @@ class MuonAdamW(torch.optim.Optimizer):
     averaged gradient with all singular values brought near 1, so that rare directions are learned
     as fast as frequent ones. AdamW is Loshchilov & Hutter 2019, arXiv:1711.05101.
 
+    The arguments are those of torch.optim.AdamW, and:
+
     Args:
         groups: parameter groups. A group with `muon=True` contains only matrices. In each step,
             either all or none of the matrices of one shape (or its transpose) have a gradient.
-        lr: learning rate of groups that do not set their own.
-        betas: AdamW's decay rates of the averaged gradient and its square.
-        eps: added to AdamW's denominator.
-        weight_decay: decoupled weight decay of groups that do not set their own.
         momentum: Muon's decay rate of the averaged gradient. 0.95 is the usual value; runs of some
             hundred steps end at a lower loss with 0.9.
-        fused: as for torch.optim.AdamW.
     """
 
     def __init__(
@@ -233,12 +206,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
         Their momentum is stacked in the state of the first one.
         """
-        found = [p.grad for p in params if p.grad is not None]
-        if not found:
+        if all(p.grad is None for p in params):
             return
-        if len(found) < len(params):
-            raise RuntimeError("some matrices of the same size have a gradient and some have none")
-        grads = torch.stack([wide(grad) for grad in found])  # (N, short side, long side)
+        grads = torch.stack([wide(p.grad) for p in params])  # (N, short side, long side)
         state = self.state[params[0]]
         if not state:
             state["momentum"] = torch.zeros_like(grads)

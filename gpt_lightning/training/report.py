@@ -20,17 +20,17 @@ LARGE_VALIDATION = 10_000_000  # tokens: minutes of validation, even for a small
 class Introduction(Callback):
     """Prints what the run is about to do, and stores its settings as config.yaml."""
 
-    def __init__(self, settings: dict[str, Any], precision_reason: str):
-        self.settings, self.precision_reason = settings, precision_reason
+    def __init__(self, settings: dict[str, Any], precision_reason: str, folder: Path | None):
+        self.settings, self.precision_reason, self.folder = settings, precision_reason, folder
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:
-        folder = trainer.log_dir  # all processes have to ask
-        module.print(introduction(trainer, module, module.data, self.precision_reason))
-        if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
+        folder = self.folder
+        module.print(introduction(trainer, module, module.data, self.precision_reason, folder))
+        if folder is None or not trainer.is_global_zero:
             return
         settings = {k: v for k, v in self.settings.items() if k != "ckpt_path"}
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        path = Path(folder) / "config.yaml"
+        path = folder / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:  # of the run it resumes
             path = path.with_name(f"config-step{trainer.global_step}.yaml")
@@ -38,7 +38,11 @@ class Introduction(Callback):
 
 
 def introduction(
-    trainer: Trainer, module: GPTModule, data: TextDataModule, precision_reason: str
+    trainer: Trainer,
+    module: GPTModule,
+    data: TextDataModule,
+    precision_reason: str,
+    folder: Path | None,
 ) -> str:
     """Text, model and run in a line each."""
     train, val = (sum(b - a for a, b in spans) for spans in (data.train_spans, data.val_spans))
@@ -47,7 +51,7 @@ def introduction(
     shape = ""
     if config.name != "bigram":
         shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
-    folder = trainer.logger.log_dir if trainer.logger else "no log"
+    device = trainer.strategy.root_device.type
     reason = f" ({precision_reason})" if precision_reason else ""
     steps = f", {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
     lines = [
@@ -55,7 +59,7 @@ def introduction(
         f"vocabulary {data.vocab_size}",
         f"model  {config.name}, {shape}block {hp.block_size}: "
         f"{num_parameters(module.net):,} parameters",
-        f"run    {folder} on {trainer.strategy.root_device.type} x {trainer.world_size}, "
+        f"run    {folder or 'no folder'} on {device} x {trainer.world_size}, "
         f"batch {hp.batch_size} x {hp.block_size}{steps}",
         f"       {module.optimizer_config.optimizer}, {trainer.precision}{reason}",
     ]

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import threading
@@ -24,8 +23,7 @@ from gpt_lightning.files import write_atomically
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint in one step, so that a killed run always leaves a complete one.
 
-    Lightning's own writes to $TMPDIR and moves the file: across file systems that is a copy, which
-    can be cut short.
+    Lightning's own moves the file from $TMPDIR: across file systems a copy, which can be cut short.
 
     Raises:
         UserError: if the file cannot be written: a full disk, a read-only folder.
@@ -64,11 +62,10 @@ def optimizer_step_done(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class BestAndLast(Checkpoint):
-    """Keeps `best.ckpt` (lowest loss/val) and `last.ckpt` in the run's `checkpoints` folder.
+    """Keeps `best.ckpt` (lowest loss/val) and `last.ckpt`.
 
-    `last.ckpt` is saved at the start of the next batch, after any validation. If the run is killed
-    before that save, it resumes from the previous checkpoint and repeats the validation, so that no
-    point of the curves is missing.
+    `last.ckpt` is saved at the start of the next batch, after any validation. A run that is killed
+    in between resumes from the previous checkpoint and repeats the validation.
 
     The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and raises `Interrupted`. The
     second one acts at once.
@@ -76,6 +73,7 @@ class BestAndLast(Checkpoint):
     Args:
         every_n_train_steps: optimizer steps between two saves of `last.ckpt`; 0 saves at the end of
             the run only.
+        folder: for the files; `checkpoints` in the Trainer's log folder by default.
 
     Raises:
         UserError: if the folder holds another run's checkpoints, or another process trains there.
@@ -86,14 +84,12 @@ class BestAndLast(Checkpoint):
         newest: the newest checkpoint of this run and its step; None before the first one.
     """
 
-    def __init__(self, every_n_train_steps: int = 300):
+    def __init__(self, every_n_train_steps: int = 300, folder: Path | None = None):
         if every_n_train_steps < 0:
-            raise UserError(
-                f"every_n_train_steps={every_n_train_steps} must be 0 or more",
-            )
+            raise UserError(f"every_n_train_steps={every_n_train_steps} must be 0 or more")
         self.every_n_train_steps = every_n_train_steps
         self.best_val_loss, self.best_step = math.inf, 0
-        self.folder: Path | None = None
+        self.folder = folder
         self.newest: tuple[Path, int] | None = None
         self.saved_step = 0  # of last.ckpt; the step that the run starts at needs no save
         self.lock: filelock.BaseFileLock | None = None
@@ -117,7 +113,9 @@ class BestAndLast(Checkpoint):
     # start and end of a run
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        if self.folder is None:
+            self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self.folder = trainer.strategy.broadcast(self.folder)  # the first process chose it
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             self.claim(self.folder)
 
@@ -133,6 +131,7 @@ class BestAndLast(Checkpoint):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+            self.lock = lock
         except filelock.Timeout:
             raise UserError(
                 f"another process trains in {folder.parent}; wait for its end, or choose another "
@@ -141,13 +140,7 @@ class BestAndLast(Checkpoint):
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror})") from error
         except NotImplementedError:  # some network file systems have no locks
-            return
-        self.lock = lock
-
-    def release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
+            pass
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -171,37 +164,30 @@ class BestAndLast(Checkpoint):
 
     def keep_later_checkpoints(self, trainer: Trainer) -> None:
         """Rename the checkpoints of later steps, if the run resumes from an earlier one."""
-        start = Path(trainer.ckpt_path).resolve()
-        if start == self.last_path.resolve():
-            # best.ckpt is newer if the run was killed after saving it and before saving last.ckpt.
-            # The resumed run saves it again.
-            return
+        now = trainer.global_step
+        if Path(trainer.ckpt_path).resolve() == self.last_path.resolve():
+            return  # best.ckpt may be newer if the run was killed; it is saved again
         for path in (self.last_path, self.best_path):
-            if not path.exists() or path.resolve() == start:
-                continue
-            try:
+            with contextlib.suppress(UserError):  # missing or damaged: nothing to keep
                 step = read_checkpoint(path)["global_step"]
-                label = f"step{step}"
-            except UserError:
-                step, label = math.inf, "unreadable"
-            if step > trainer.global_step:
-                kept, n = path.with_name(f"{path.stem}-{label}.ckpt"), 1
-                while kept.exists():
-                    kept, n = path.with_name(f"{path.stem}-{label}-{n}.ckpt"), n + 1
-                os.replace(path, kept)
-                print(f"Resuming from step {trainer.global_step}; {path.name} is kept as {kept}")
+                if step > now:
+                    kept = path.replace(path.with_name(f"{path.stem}-step{step}.ckpt"))
+                    print(f"Resuming from step {now}; {path.name} is kept as {kept}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step > self.saved_step and not trainer.fast_dev_run:
+        if trainer.global_step > self.saved_step:
             self.save(trainer, self.last_path)
-        self.restore_handlers()
 
     def on_exception(self, trainer, module, exception: BaseException) -> None:
-        self.restore_handlers()
-        self.release()
+        self.teardown(trainer, module, "fit")
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self.release()
+        for signum, handler in self.old_handlers.items():
+            signal.signal(signum, handler)
+        self.old_handlers = {}
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     # signals
 
@@ -214,11 +200,6 @@ class BestAndLast(Checkpoint):
         if rank_zero_only.rank == 0:
             with contextlib.suppress(OSError):  # after a SIGHUP the terminal is gone
                 sys.stderr.write("\nStopping after this step; send it again to stop at once.\n")
-
-    def restore_handlers(self) -> None:
-        for signum, handler in self.old_handlers.items():
-            signal.signal(signum, handler)
-        self.old_handlers = {}
 
     def stop_requested(self, trainer: Trainer) -> bool:
         """Whether any process of the run got a signal; all must ask at the same step."""
@@ -237,7 +218,7 @@ class BestAndLast(Checkpoint):
             trainer.should_stop = True  # the final step is validated, whatever the interval
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         val_loss = float(trainer.callback_metrics["loss/val"])
         if val_loss < self.best_val_loss:
@@ -247,7 +228,7 @@ class BestAndLast(Checkpoint):
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         step, every = trainer.global_step, self.every_n_train_steps
         step_done = batch_idx % trainer.accumulate_grad_batches == 0
-        if not step_done or step == self.saved_step or trainer.fast_dev_run:
+        if not step_done or step == self.saved_step:
             return
         stop = self.stop_requested(trainer)
         if stop or (every and step % every == 0):
@@ -267,6 +248,8 @@ class BestAndLast(Checkpoint):
             total["ready"], progress["is_last_batch"] = total["completed"], False
 
     def save(self, trainer: Trainer, path: Path) -> None:
+        if trainer.fast_dev_run:
+            return
         trainer.lightning_module.check_finite(trainer.global_step)
         for logger in trainer.loggers:
             logger.save()  # no checkpoint may be ahead of the curves on disk
