@@ -5,14 +5,17 @@ makes it self-contained: model, tokenizer, corpus and settings as plain types.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
+import pickletools
 import re
 import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ from gpt_lightning.model import ModelConfig, build_model, config_from_dict, conf
 KEY = "gpt_lightning"
 LOGS = "lightning_logs"
 COMMAND = "python -m gpt_lightning"
+MAX_PICKLE = 4 << 20  # bytes: vocabulary, settings and some 150 for each tensor
+GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
+OTHER_GLOBALS = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # opcodes torch.save never writes
 
 
 class DamagedCheckpoint(UserError):
@@ -49,6 +55,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise _unusable(path, "no such file")
     try:
         checkpoint = torch.load(_verified_copy(path), map_location="cpu", weights_only=True)
+        _check_tensors(checkpoint, path.stat().st_size)
         if isinstance(checkpoint, dict) and KEY in checkpoint:
             # plain types, without attributes: an OrderedDict's could hide settings from a check
             checkpoint[KEY] = json.loads(json.dumps(checkpoint[KEY]))
@@ -84,9 +91,44 @@ def _verified_copy(path: Path) -> io.BytesIO:
         if not (stored and bounded and distinct):
             raise zipfile.BadZipFile("its entries are not as torch.save writes them")
         for entry in entries:
-            verified.writestr(entry.filename, archive.read(entry))  # checks the checksum
+            data = archive.read(entry)  # checks the checksum
+            if entry.filename.endswith("/data.pkl"):
+                _check_pickle(data)
+            verified.writestr(entry.filename, data)
     copy.seek(0)
     return copy
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise if a pickle is too long, or names anything but OrderedDict and tensors.
+
+    torch's own list for weights_only is longer, and grows.
+    """
+    if len(data) > MAX_PICKLE:
+        raise ValueError(f"data.pkl has more than {MAX_PICKLE:,} bytes")
+    for opcode, argument, _ in pickletools.genops(data):
+        foreign = opcode.name == "GLOBAL" and not GLOBALS.fullmatch(str(argument))
+        if foreign or opcode.name in OTHER_GLOBALS:
+            raise ValueError(f"data.pkl names {argument}")
+
+
+def _check_tensors(checkpoint: Any, size: int) -> None:
+    """Raise unless all tensors are plain, and their elements fit into the file's size."""
+    tensors = list(_tensors(checkpoint))
+    for tensor in tensors:
+        plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+        if not plain or tensor.device.type != "cpu" or tensor.requires_grad:
+            raise ValueError("it has a tensor that is not a plain one")
+    if sum(tensor.nbytes for tensor in tensors) > size:
+        raise ValueError("its tensors are larger than the file")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _is_ours(checkpoint: Any) -> bool:
@@ -316,8 +358,6 @@ def check_compatible(
 # --- settings -------------------------------------------------------------------------------------
 
 SECTIONS = ("data", "model", "trainer", "sample", "checkpoint")
-# The command line would import a name with a dot, and parse YAML, which needs spaces or quotes.
-WORDS = re.compile(r"[\w:,/-]*")
 CLASSES = re.compile(r"lightning\.pytorch\.(callbacks|loggers|profilers|strategies)\.[A-Z]\w*")
 
 
@@ -356,10 +396,17 @@ def trusted_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
 def _is_plain(setting: Any) -> bool:
     """Whether no string in a setting could make the command line import code or read a file."""
     if isinstance(setting, dict):
+        name = setting.get("class_path")
+        if name is not None and not CLASSES.fullmatch(str(name)):
+            return False
         setting = [*setting, *setting.values()]
     if isinstance(setting, list | tuple):
         return all(map(_is_plain, setting))
     if not isinstance(setting, str):
         return True
-    allowed = CLASSES.fullmatch(setting) or WORDS.fullmatch(setting)
-    return allowed is not None and not os.path.isfile(setting)
+    if CLASSES.fullmatch(setting):
+        return True
+    # jsonargparse imports a dotted name, and reads files and quoted YAML, which could contain one
+    modules = re.findall(r"(?<![\w.])([^\W\d]\w*)\.[^\W\d]", setting)
+    imports = any(name in sys.modules or importlib.util.find_spec(name) for name in modules)
+    return not imports and '"' not in setting and not os.path.isfile(os.path.expanduser(setting))

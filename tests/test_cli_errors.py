@@ -163,7 +163,7 @@ def test_a_config_that_does_not_exist_or_is_wrong(here, refused):
     refused([*FIT, "--config=nope.yaml"], "--config=nope.yaml")
     refused([*FIT, "--config=lecture/8_residual"], "did you mean lecture/08_residual?")
     Path("mine.yaml").write_text("model:\n  n_layr: 3\n")
-    refused([*FIT, "--config=mine.yaml"], "model.n_layr")
+    refused([*FIT, "--config=mine.yaml"], "n_layr")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

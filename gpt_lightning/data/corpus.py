@@ -35,6 +35,7 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 BUILTIN = ("playwright", "tinyshakespeare")
 MAX_CHARS = 10**10  # of a generated play
 SECURE = r"https://|http://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)"  # nobody can change the text
+MAX_DOWNLOAD = 4 << 30  # bytes; the environment can set another limit
 TIMEOUT = 20  # seconds without an answer after which a download fails
 RUN_FOLDERS = ("lightning_logs", "checkpoints")  # a folder corpus leaves them out
 HEAD = 8192  # bytes at the start of a file; a NUL among them means binary data
@@ -316,8 +317,14 @@ def _fetch(name: str, url: str, path: Path) -> None:
             web.open(url, block_size=0, size=1) as source,
             progress(None, "download") as bar,
         ):
+            final = str(source.r.url)  # after redirects
+            if url.startswith("https://") and "#sha256=" not in name and final[:8] != "https://":
+                raise OSError(f"redirected to {final}, which others can change; add #sha256=HEX")
+            limit = int(os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", MAX_DOWNLOAD))
             while block := source.read(1 << 20):
                 file.write(block)
+                if file.tell() > limit:
+                    raise OSError(f"larger than GPT_LIGHTNING_MAX_DOWNLOAD={limit} bytes")
                 bar.update(len(block))
             if not file.tell():
                 raise OSError("the server sent an empty file")
