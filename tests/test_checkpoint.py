@@ -498,6 +498,6 @@ def test_settings_that_are_not_mappings_are_refused():
 def test_strings_with_dots_that_name_no_code_are_restored():
     """Also those in the arguments of Lightning's classes."""
     saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-              "init_args": {"filename": "{step}-{val/loss:.2f}", "dirpath": "my_run.v2"}}  # fmt: skip
+              "init_args": {"filename": "{val/loss:.2f}", "dirpath": "my_run.v2"}}  # fmt: skip
     stored = {"trainer": {"callbacks": [saving], "max_time": "00:00:10:00"}}
     assert trusted_settings(stored, set())["trainer"] == stored["trainer"]

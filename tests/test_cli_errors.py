@@ -185,7 +185,7 @@ def test_the_last_run_when_there_is_none(tmp_path, refused, monkeypatch, command
     monkeypatch.chdir(tmp_path / "elsewhere")
     parts = ["--ckpt_path=last: no run", "lightning_logs", "python -m gpt_lightning fit"]
     refused([*command, "--ckpt_path=last"], *parts)
-    refused([command[0] if command[0] != "fit" else "predict"], "no run with a checkpoint")
+    refused([command[0] if command[0] != "fit" else "predict"], "no run in lightning_logs")
 
 
 @pytest.mark.parametrize("command", [RESUME, VALIDATE], ids=lambda c: c[0])

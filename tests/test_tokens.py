@@ -130,9 +130,10 @@ BUILD = """
 import sys
 from gpt_lightning.data import tokens
 from gpt_lightning.data.corpus import Corpus, find_corpus
-sha256 = Corpus.sha256
+sha256, calls = Corpus.sha256, []
 def slowly(corpus):
-    if list(tokens.cache_dir().glob(".*.tmp")):  # the file is about to be complete
+    calls.append(corpus)
+    if len(calls) == 2:  # the file is about to be complete
         print("built", flush=True)
         sys.stdin.readline()
     return sha256(corpus)
