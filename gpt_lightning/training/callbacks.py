@@ -17,7 +17,7 @@ from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.training.saving import optimizer_step_done
 
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
-CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val", "loss/floor"]]}}
+CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val$", "loss/floor"]]}}
 SAMPLE_STEPS = 500
 
 
@@ -102,7 +102,7 @@ class TrainingMetrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and best < math.inf:
                 # the settings beside the best loss: a row in TensorBoard's table of runs
-                metrics = {"loss/best": best}
+                metrics = {"summary/best_loss": best}
                 logger.log_hyperparams(all_settings(module), metrics, step=trainer.global_step)
 
 
