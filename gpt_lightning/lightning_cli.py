@@ -351,7 +351,7 @@ def validate(run: Run) -> None:
     """`validate` and `test`: the exact loss, which the Trainer prints as a table."""
     data = run.data
     if run.trainer.is_global_zero:
-        part = f"{data.val_tokens:,} of {len(data.tokens):,} tokens"
+        part = f"{data.val_tokens:,} of {len(data.tokens):,} tokens, held out"
         print(
             f"text   {data.corpus.name}: {part} (--data.val_fraction={data.hparams.val_fraction})"
         )
