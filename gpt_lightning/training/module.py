@@ -28,6 +28,7 @@ from gpt_lightning.model import (
 from gpt_lightning.training.callbacks import TrainingClock, TrainingMetrics
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer, learning_rate_at
+from gpt_lightning.training.step_graph import StepGraph, can_record
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: (B, T) token ids each, y one token later
 
@@ -48,6 +49,7 @@ class GPTModule(LightningModule):
         eval_iters: at each validation also estimate the losses as the lecture does, from this many
             random batches of each part (`estimate/train`, `estimate/val`); 0 turns it off.
         compile: compile the model with torch.compile; pays on a GPU.
+        cuda_graph: on one GPU, take each step as one CUDA graph (see `StepGraph`).
         seed: of the initial weights, and of dropout at each step.
 
     Attributes:
@@ -62,6 +64,7 @@ class GPTModule(LightningModule):
         confidence_penalty: float = 0.0,
         eval_iters: int = 0,
         compile: bool = False,
+        cuda_graph: bool = True,
         seed: int = 1337,
     ):
         super().__init__()
@@ -86,6 +89,7 @@ class GPTModule(LightningModule):
         self.clock = TrainingClock()
         self.grad_norm: torch.Tensor | None = None
         self.next_token_loss: torch.Tensor | None = None  # of the current step
+        self.step_graph: StepGraph | None = None
         self.decay_steps = 0
         self.run_settings: dict[str, Any] | None = None  # the command line's, stored to resume
 
@@ -140,17 +144,22 @@ class GPTModule(LightningModule):
         fused = self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.net, self.optimizer_config, fused)
         self.group_settings = [
-            {"betas": group["betas"], "weight_decay": group["weight_decay"]}
+            {name: group[name] for name in ("lr", "betas", "weight_decay")}
             for group in optimizer.param_groups
         ]
         return optimizer
 
     def on_train_start(self) -> None:
-        # Loading a checkpoint overwrites betas and weight decay. Set them to this run's values.
-        groups = self.optimizers(use_pl_optimizer=False).param_groups
-        for group, settings in zip(groups, self.group_settings, strict=True):
+        # Loading a checkpoint overwrites the groups' settings. Set them to this run's values.
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for group, settings in zip(optimizer.param_groups, self.group_settings, strict=True):
             group.update(settings)
         self.decay_steps = self._decay_steps()
+        if self.hparams.cuda_graph and can_record(self.trainer):
+            self.step_graph = StepGraph(self.losses, self.clip_to_norm, optimizer)
+
+    def on_train_end(self) -> None:
+        self.step_graph = None
 
     def _decay_steps(self) -> int:
         """The step at which the learning rate reaches its minimum; 0 if it stays at its peak."""
@@ -173,13 +182,22 @@ class GPTModule(LightningModule):
             rate / config.learning_rate if config.learning_rate else 1
         )
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
-            group["lr"] = muon_rate if group.get("muon") else rate
+            new = muon_rate if group.get("muon") else rate
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(new)
+            else:
+                group["lr"] = new
         if getattr(self.config, "dropout", 0):
             micro_step = batch_idx % self.trainer.accumulate_grad_batches
             seed_dropout(self.device, (self.hparams.seed, step, micro_step, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
         """The loss to minimise, and `next`, that of the next token alone: nats per token."""
+        outputs = (self.step_graph or self.losses)(batch)
+        self.next_token_loss, self.grad_norm = outputs["next"], outputs.get("grad_norm")
+        return outputs
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         x, y = batch
         further: torch.Tensor | float = 0.0
         if getattr(self.config, "multi_token_heads", 0):
@@ -192,8 +210,11 @@ class GPTModule(LightningModule):
             logs = F.log_softmax(logits.float(), dim=-1)
             entropy = -(logs.exp() * logs).sum(dim=-1).mean()
             loss = loss - self.hparams.confidence_penalty * entropy
-        self.next_token_loss = next_token_loss.detach()
-        return {"loss": loss, "next": self.next_token_loss}
+        return {"loss": loss, "next": next_token_loss.detach()}
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if loss.requires_grad:  # a recorded step includes its backward pass
+            super().backward(loss, *args, **kwargs)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -202,16 +223,27 @@ class GPTModule(LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-            # On a GPU, clip without reading the norm: reading it would wait for all queued kernels.
-            on_cpu = self.device.type == "cpu"
-            if gradient_clip_val and not (on_cpu and float(self.grad_norm) <= gradient_clip_val):
-                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+            norm = self.clip_to_norm(optimizer)
+            self.grad_norm = self.grad_norm if norm is None else norm
         step = self.global_step + 1
         if self.device.type == "cpu" or step % self.trainer.log_every_n_steps == 0:
             self.check_finite(step)
+
+    def clip_to_norm(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+        """Clip the gradients to a norm of `gradient_clip_val`; return their norm before that.
+
+        None without gradients: a step of `StepGraph` has been clipped already.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        largest = self.trainer.gradient_clip_val
+        # On a GPU, clip without reading the norm: reading it would wait for all queued kernels.
+        if largest and not (self.device.type == "cpu" and float(norm) <= largest):
+            torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return norm
 
     def check_finite(self, step: int) -> None:
         """Raise a UserError if the loss or the gradient norm of step number `step` is not finite.

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,19 +89,27 @@ def build_optimizer(
         UserError: if Muon is asked for and the model has no matrices for it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    betas = (config.beta1, config.beta2)
-    one_kernel = True if fused and parameters[0].device.type in ("cpu", "cuda") else None
+    device = parameters[0].device
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    settings["fused"] = True if fused and device.type in ("cpu", "cuda") else None
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
         weight_decay = 0.1 if config.weight_decay is None else config.weight_decay
+        in_graph = bool(fused and device.type == "cuda")
         groups = decay_groups(parameters, weight_decay)
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=one_kernel)
-    hidden = hidden_matrices(model)
-    hidden_ids = {id(p) for p in hidden}
-    others = [p for p in parameters if id(p) not in hidden_ids]
-    groups = decay_groups(others, config.embedding_weight_decay)
-    muon = {"muon": True, "lr": config.muon_learning_rate}
-    groups.append({"params": hidden, "weight_decay": config.weight_decay or 0.0, **muon})
-    return MuonAdamW(groups, lr=config.learning_rate, betas=betas, fused=one_kernel)
+        optimizer = torch.optim.AdamW(groups, capturable=in_graph, **settings)
+    else:
+        hidden = hidden_matrices(model)
+        hidden_ids = {id(p) for p in hidden}
+        others = [p for p in parameters if id(p) not in hidden_ids]
+        groups = decay_groups(others, config.embedding_weight_decay)
+        muon = {"muon": True, "lr": config.muon_learning_rate}
+        groups.append({"params": hidden, "weight_decay": config.weight_decay or 0.0, **muon})
+        optimizer = MuonAdamW(groups, **settings)
+    if fused and device.type == "cuda":
+        for group in optimizer.param_groups:  # a CUDA graph would keep a number
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return optimizer
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -217,10 +225,14 @@ class MuonAdamW(torch.optim.Optimizer):
         short, long = grads.shape[1:]
         # the factor makes the entries of matrices of any shape change by about the same amount
         updates = newton_schulz(nesterov) * math.sqrt(long / short)
+        lr = group["lr"]
         for p, update in zip(params, updates, strict=True):
             if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-            wide(p).add_(update, alpha=-group["lr"])
+                p.mul_(1 - lr * group["weight_decay"])
+            if isinstance(lr, Tensor):
+                wide(p).sub_(lr * update)
+            else:
+                wide(p).add_(update, alpha=-lr)
 
 
 def wide(matrix: Tensor) -> Tensor:
