@@ -6,11 +6,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.common import ENVIRONMENT, columns, fit, markdown, median
-from gpt_lightning.data.playwright import write_play
+from gpt_lightning.data.playwright import write_lines
 
 PREPARE = """
 import json, re, sys, time
@@ -67,7 +68,7 @@ def measure(args) -> tuple[dict, str]:
     The files have just been written, so the system's cache holds as much of them as it can.
     """
     size = int(args.gigabytes * 1e9)
-    lines = write_play(1337, min(10**7, size // 4))[0].splitlines(keepends=True)
+    lines = [line for line, _ in islice(write_lines(1337), min(400_000, size // 100))]
     with tempfile.TemporaryDirectory() as folder:
         cache = str(Path(folder, "cache"))
         small, big, mixed = (Path(folder, name) for name in ("small.txt", "big.txt", "mixed.txt"))

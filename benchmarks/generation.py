@@ -55,16 +55,16 @@ def of_transformers():
 
 def measure(args) -> tuple[dict, str]:
     """All generate in turn, from initial weights: medians of the characters a second."""
-    with NanoGPT(args.nanogpt) as nanogpt:
-        sides = {
-            "ours (`gpt`)": (ours(GPTConfig, 1), 1),
-            "ours, 32 texts": (ours(GPTConfig, 32), 32),
-            "ours, in fp32": (ours(GPTConfig, 1, "fp32"), 1),
-            "ours, in fp32, 32 texts": (ours(GPTConfig, 32, "fp32"), 32),
-            "ours (`lecture`)": (ours(LectureConfig, 1), 1),
-            "`lecture`, 32 texts": (ours(LectureConfig, 32), 32),
-            "nanoGPT": (of_nanogpt(nanogpt.model()), 1),
-        }
+    nanogpt = NanoGPT(args.nanogpt).model()
+    sides = {
+        "ours (`gpt`)": (ours(GPTConfig, 1), 1),
+        "ours, 32 texts": (ours(GPTConfig, 32), 32),
+        "ours, in fp32": (ours(GPTConfig, 1, "fp32"), 1),
+        "ours, in fp32, 32 texts": (ours(GPTConfig, 32, "fp32"), 32),
+        "ours (`lecture`)": (ours(LectureConfig, 1), 1),
+        "`lecture`, 32 texts": (ours(LectureConfig, 32), 32),
+        "nanoGPT": (of_nanogpt(nanogpt), 1),
+    }
     try:
         sides["transformers"] = of_transformers(), 1
     except ImportError:

@@ -18,17 +18,17 @@ def measure(args) -> tuple[dict, str]:
     """Losses are exact, of the last step, in nats per character: mean and standard deviation."""
     # fit runs in another folder
     config = Path(args.config).resolve() if Path(args.config).is_file() else args.config
-    ours, theirs, rounds = [], [], args.rounds if args.nanogpt else 0
-    with NanoGPT(args.nanogpt) as nanogpt:
-        for turn in range(max(len(args.seeds), rounds)):
-            if turn < len(args.seeds):
-                seed = args.seeds[turn]
-                run = fit(f"--config={config}", f"--seed_everything={seed}", *args.flag)
-                ours.append({"seed": seed, **run})
-                print("ours   ", ours[-1], flush=True)
-            if turn < rounds:
-                theirs.append({"seed": 1337 + turn, **nanogpt.train(seed=1337 + turn)})
-                print("nanoGPT", theirs[-1], flush=True)
+    nanogpt = NanoGPT(args.nanogpt) if args.nanogpt else None
+    ours, theirs, rounds = [], [], args.rounds if nanogpt else 0
+    for turn in range(max(len(args.seeds), rounds)):
+        if turn < len(args.seeds):
+            seed = args.seeds[turn]
+            run = fit(f"--config={config}", f"--seed_everything={seed}", *args.flag)
+            ours.append({"seed": seed, **run})
+            print("ours   ", ours[-1], flush=True)
+        if turn < rounds:
+            theirs.append({"seed": 1337 + turn, **nanogpt.train(seed=1337 + turn)})
+            print("nanoGPT", theirs[-1], flush=True)
     rows = [row(f"`{Path(args.config).stem}`", ours, theirs)]
     figures = {"config": args.config, "ours": columns(ours)}
     if theirs:

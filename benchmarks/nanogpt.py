@@ -26,45 +26,28 @@ CPU_RECIPE = [
 
 
 class NanoGPT:
-    """A temporary copy of a checkout, as a context manager.
+    """A temporary copy of a checkout; it is removed with this object."""
 
-    Args:
-        checkout: nanoGPT's folder, or None if nothing of it is used.
-    """
-
-    def __init__(self, checkout: Path | None):
-        self.checkout = checkout
-
-    def __enter__(self) -> "NanoGPT":
-        if self.checkout is not None:
-            if not (self.checkout / "train.py").is_file():
-                raise SystemExit(f"--nanogpt={self.checkout}: no train.py there")
-            self.temporary = tempfile.TemporaryDirectory()
-            self.folder = Path(self.temporary.name) / "nanoGPT"
-            ignored = shutil.ignore_patterns(".git", "out*")
-            shutil.copytree(self.checkout, self.folder, ignore=ignored)
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.checkout is not None:
-            self.temporary.cleanup()
+    def __init__(self, checkout: Path):
+        if not (checkout / "train.py").is_file():
+            raise SystemExit(f"--nanogpt={checkout}: no train.py there")
+        self.temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self.temporary.name) / "nanoGPT"
+        shutil.copytree(checkout, self.folder, ignore=shutil.ignore_patterns(".git", "out*"))
 
     def train(self, *flags: str, seed: int = 1337) -> dict:
-        """Train by its CPU recipe; `flags` override it. Figures as of `common.fit`, and
-        `with_evaluations`: seconds of training as its user waits for them."""
+        """Train by its CPU recipe; `flags` override it. Figures as of `common.fit`."""
         val = self.prepare_data()
         # the seed is in the script, not among its flags
         script = (self.folder / "train.py").read_text().replace("1337 + ", f"{seed} + ")
         (self.folder / "train_seeded.py").write_text(script)
         command = [sys.executable, "train_seeded.py", *CPU_RECIPE, *flags]
         start = time.perf_counter()
-        done = subprocess.run(
-            command, cwd=self.folder, stdout=subprocess.PIPE, text=True, check=True
-        )
+        log = subprocess.check_output(command, cwd=self.folder, text=True)
         seconds = time.perf_counter() - start
         saved = next(self.folder.glob("out*/ckpt.pt"), None)
         loss = exact_loss(self.model(), saved, val) if saved else None
-        return {**read_log(done.stdout), "loss": loss, "command": seconds}
+        return {**read_log(log), "loss": loss, "command": seconds}
 
     def prepare_data(self) -> torch.Tensor:
         """Write tiny Shakespeare as nanoGPT's ids; returns those of the validation text."""
@@ -122,7 +105,6 @@ def read_log(log: str, batch: int = 12 * 64) -> dict:
     plain = [t for t, after in zip(steps, after_evaluation, strict=True) if not after]
     return {
         "training": sum(plain) + statistics.median(plain) * sum(after_evaluation),
-        "with_evaluations": sum(steps),
         "steps": len(steps),
         "chars_per_second": batch / statistics.median(plain[20:] or plain),
     }

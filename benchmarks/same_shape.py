@@ -19,12 +19,11 @@ def measure(args) -> tuple[dict, str]:
     flags = ["--config=nanogpt_cpu", f"--trainer.max_steps={args.steps}"]
     flags.append(f"--trainer.val_check_interval={args.steps}")
     runs: dict[str, list[dict]] = {"bf16-mixed": [], "32-true": [], "nanoGPT": []}
-    with NanoGPT(args.nanogpt) as nanogpt:
-        for _ in range(args.rounds):
-            for precision in ("bf16-mixed", "32-true"):
-                runs[precision].append(fit(*flags, f"--trainer.precision={precision}"))
-            length = f"--max_iters={args.steps}", "--eval_interval=100000"
-            runs["nanoGPT"].append(nanogpt.train(*length))
+    nanogpt, length = NanoGPT(args.nanogpt), (f"--max_iters={args.steps}", "--eval_interval=100000")
+    for _ in range(args.rounds):
+        for precision in ("bf16-mixed", "32-true"):
+            runs[precision].append(fit(*flags, f"--trainer.precision={precision}"))
+        runs["nanoGPT"].append(nanogpt.train(*length))
     speed = {name: median(these, "chars_per_second") for name, these in runs.items()}
     rows = [[name, f"{s:,.0f}", f"{s / speed['nanoGPT']:.2f}"] for name, s in speed.items()]
     table = markdown(["", "characters a second", "of nanoGPT's"], rows)

@@ -11,19 +11,15 @@ import yaml
 
 from gpt_lightning.errors import UserError, did_you_mean
 
-PACKAGE = Path(__file__).parent
-# A wheel carries the configs inside the package; in a checkout they lie beside it.
-CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+CONFIGS = Path(__file__).parent / "configs"  # in a wheel
+if not CONFIGS.is_dir():
+    CONFIGS = Path(__file__).parent.parent / "configs"  # in a checkout
 
 
 def find_config(name: str, base_of: Path | None = None) -> Path:
     """The file at a path, or the shipped config of that name, such as `lecture/08_residual`.
 
-    Args:
-        base_of: the config that names this one as its base; paths are relative to its folder.
-
-    Raises:
-        UserError: if there is neither.
+    A path in the config `base_of` is relative to that config's folder.
     """
     path = (base_of.parent if base_of else Path()) / Path(name).expanduser()
     if path.is_file():
@@ -33,23 +29,15 @@ def find_config(name: str, base_of: Path | None = None) -> Path:
     if found := shipped.get(name.removesuffix(".yaml")):
         return found
     setting = f"config={base_of}: base: {name}" if base_of else f"config={name}"
-    raise UserError(
-        f"{setting}: no such file and no shipped config of that name{did_you_mean(name, shipped)}",
-    )
+    hint = did_you_mean(name, shipped)
+    raise UserError(f"{setting}: no such file and no shipped config of that name{hint}")
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The settings of a config file, merged over those of its base, and of the base's base.
-
-    Raises:
-        UserError: for a file that is not a YAML mapping, a base that does not exist, or a base that
-            leads back to itself.
-    """
+    """The settings of a config file, merged over those of its base, and of the base's base."""
     settings: dict[str, Any] = {}
-    visited: set[Path] = set()
     current = path
-    while current.resolve() not in visited:
-        visited.add(current.resolve())
+    for _ in range(100):
         own = read_mapping(current)
         base = own.pop("base", None)
         settings = merge(own, settings)
@@ -64,8 +52,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"config={path} cannot be read: {reason}") from error
+        raise UserError(f"config={path} cannot be read: {error}") from error
     if not isinstance(settings, dict | None):
         raise UserError(f"config={path} must contain sections such as `model:`")
     return settings or {}

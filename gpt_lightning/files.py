@@ -32,12 +32,6 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # Windows cannot open folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -59,20 +53,18 @@ def file_sha256(path: str | Path) -> str:
 
 
 def cache_dir() -> Path:
-    """The folder for files that can be made again, created if missing.
-
-    `$GPT_LIGHTNING_CACHE`, or the user's cache folder of this system.
+    """`$GPT_LIGHTNING_CACHE`, or the user's cache folder of this system; created if missing.
 
     Raises:
         UserError: if the folder cannot be created.
     """
     folder = os.environ.get("GPT_LIGHTNING_CACHE") or platformdirs.user_cache_dir("gpt_lightning")
+    path = Path(folder).expanduser().absolute()
     try:
-        path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: `~` without a home
+    except OSError as error:
         raise UserError(
-            f"the cache folder {folder} cannot be created ({error}); set GPT_LIGHTNING_CACHE to a "
+            f"the cache folder {path} cannot be created ({error}); set GPT_LIGHTNING_CACHE to a "
             "folder that you can write to"
         ) from error
-    return path.absolute()
+    return path

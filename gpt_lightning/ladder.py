@@ -31,6 +31,8 @@ from gpt_lightning.lightning_cli import run_trainer
 from gpt_lightning.model import num_parameters
 from gpt_lightning.model.lecture import Bigram, BigramConfig
 
+LAST = "checkpoints/last.ckpt"
+
 
 @dataclass
 class Row:
@@ -52,7 +54,7 @@ class Row:
             "rung": self.title,
             "parameters": self.parameters,
             "val_loss_mean": mean(self.losses),
-            "val_loss_sd": statistics.stdev(self.losses) if len(self.losses) > 1 else None,
+            "val_loss_sd": spread(self.losses),
             "val_losses": " ".join(f"{loss:.5f}" for loss in self.losses),
             "estimate_val_mean": mean(self.estimates),
             "chars_per_second": mean(self.speeds),
@@ -65,20 +67,21 @@ def mean(values: list[float]) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def climb(argv: list[str]) -> int:
-    """The command `climb`; returns its exit code.
+def spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
-    Raises:
-        UserError: for a wrong flag, or a folder that has runs of other flags or configs.
-    """
-    args, flags = parse(argv)
+
+def climb(argv: list[str]) -> int:
+    """The command `climb`; returns its exit code."""
+    args, flags = build_parser().parse_known_args(argv)
+    seeds, names = args.seeds.split(","), args.rungs and args.rungs.split(",")
     rows: list[Row] = []
-    for rung in find_rungs(args.configs, args.rungs):
-        if not args.rungs and rung.stem.endswith("_gpu") and not torch.cuda.is_available():
+    for rung in find_rungs(args.configs, names):
+        if not names and rung.stem.endswith("_gpu") and not torch.cuda.is_available():
             print(f"{rung.stem} is skipped: it needs a GPU")
             continue
         row = Row(rung.stem, title(rung))
-        for seed in args.seeds:
+        for seed in seeds:
             folder = args.out / rung.stem / f"seed_{seed}"
             if code := fit(rung, seed, folder, flags):
                 print("stopped; the same command resumes")
@@ -87,39 +90,29 @@ def climb(argv: list[str]) -> int:
             print(f"{row.title}, seed {seed}: {row.losses[-1]:.4f}", flush=True)
         rows.append(row)
     if rows:
-        first = args.out / rows[0].name / f"seed_{args.seeds[0]}"
-        data = read_checkpoint(last_checkpoint(first))[KEY]["settings"]["data"]
+        last = args.out / rows[0].name / f"seed_{seeds[0]}" / LAST
+        data = read_checkpoint(last)[KEY]["settings"]["data"]
         write_results([counted_bigram(data), *rows], data["corpus"], args.out)
     return 0
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of `climb`, and those that are passed to `fit`."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gpt_lightning climb",
         usage="%(prog)s [--out DIR] [--seeds N,N,...] [--rungs NAME,...] [any flag of fit]",
         description="Train every config of a folder with several seeds, and write a table and a "
         "picture. The same command resumes it. Flags of fit are passed to every run, for example "
         "--data.corpus=tinyshakespeare.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
     add = parser.add_argument
-    add("--out", type=Path, default="ladder", metavar="DIR", help="(default: ladder)")
-    help_configs = "folder of the rungs, or a shipped one (default: lecture)"
-    add("--configs", default="lecture", metavar="DIR", help=help_configs)
-    default = "1337,1338,1339"
-    add("--seeds", type=numbers, default=default, metavar="N,N", help=f"(default: {default})")
-    help_rungs = "only these (default: all; those that end in _gpu only with a GPU)"
-    add("--rungs", type=lambda text: text.split(","), metavar="NAME,NAME", help=help_rungs)
-    args, flags = parser.parse_known_args(argv)
-    for flag, instead in (("--seed_everything", "--seeds"), ("--ckpt_path", "--out")):
-        if any(given.split("=")[0] == flag for given in flags):
-            raise UserError(f"{flag} is set by climb; use {instead}")
-    return args, flags
+    add("--out", type=Path, default=Path("ladder"), metavar="DIR", help="folder of the results")
+    add("--configs", default="lecture", metavar="DIR", help="folder of the rungs, or a shipped one")
+    add("--seeds", default="1337,1338,1339", metavar="N,N", help="seeds of each rung")
+    help_rungs = "only these rungs; without it all, those that end in _gpu only with a GPU"
+    add("--rungs", metavar="NAME,NAME", help=help_rungs)
+    return parser
 
 
 def find_rungs(folder: str, names: list[str] | None) -> list[Path]:
@@ -143,19 +136,11 @@ def title(rung: Path) -> str:
 # one run
 
 
-def last_checkpoint(folder: Path) -> Path:
-    return folder / "checkpoints" / "last.ckpt"
-
-
-def fit(rung: Path, seed: int, folder: Path, flags: list[str]) -> int:
-    """Start or resume the run of one rung and seed, unless it is complete; returns an exit code.
-
-    Raises:
-        UserError: if the folder has a run with other flags or another version of the config.
-    """
+def fit(rung: Path, seed: str, folder: Path, flags: list[str]) -> int:
+    """Start or resume the run of one rung and seed, unless it is complete; returns an exit code."""
     argv = ["fit", f"--config={rung}", *flags, f"--seed_everything={seed}"]
     settings, note = [flags, load_config(rung)], folder.with_suffix(".json")
-    last = last_checkpoint(folder)
+    last = folder / LAST
     if last.exists():
         if json.loads(note.read_text(encoding="utf-8")) != settings:
             raise UserError(f"{folder} has a run with other flags or configs; give another --out")
@@ -181,7 +166,7 @@ def add_results(row: Row, folder: Path) -> None:
         row.speeds.append(statistics.median(speeds))
     row.floor = series.get("loss/floor", [None])[-1]
     if not row.sample:
-        generator = TextGenerator.load(last_checkpoint(folder), precision="fp32")
+        generator = TextGenerator.load(folder / LAST, precision="fp32")
         row.parameters = num_parameters(generator.model)
         row.sample = sample_line(generator)
 
@@ -227,16 +212,15 @@ def write_results(rows: list[Row], corpus: str, out: Path) -> None:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a table for people."""
-    header = "| rung | parameters | val loss | lecture's estimate | characters/s | sample |\n"
-    text = header + "| --- | ---: | ---: | ---: | ---: | --- |\n"
+    text = "| rung | parameters | val loss | lecture's estimate | characters/s | sample |\n"
+    text += "| --- | ---: | ---: | ---: | ---: | --- |\n"
     for row in rows:
-        loss = f"{mean(row.losses):.4f}"
-        if len(row.losses) > 1:
-            loss += f" ± {statistics.stdev(row.losses):.4f}"
+        deviation = spread(row.losses)
+        loss = f"{mean(row.losses):.4f}" + (f" ± {deviation:.4f}" if deviation else "")
         estimate = f"{mean(row.estimates):.4f}" if row.estimates else ""
         speed = f"{mean(row.speeds):,.0f}" if row.speeds else ""
-        sample = "`" + row.sample.replace("|", "\\|").replace("`", "'") + "`"
-        cells = [row.title, f"{row.parameters:,}", loss, estimate, speed, sample]
+        sample = row.sample.replace("|", "\\|").replace("`", "'")
+        cells = [row.title, f"{row.parameters:,}", loss, estimate, speed, f"`{sample}`"]
         text += f"| {' | '.join(cells)} |\n"
     if (floor := rows[0].floor) is not None:
         text += f"\nThe entropy of this text, its floor, is {floor:.4f} nats per character.\n"
@@ -251,21 +235,20 @@ def draw(rows: list[Row], corpus: str, path: Path) -> None:
         print('no picture: it needs pip install "matplotlib>=3.8"')
         return
     means, places = [statistics.mean(row.losses) for row in rows], range(len(rows))
-    floor = rows[0].floor
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.step(means, places, where="post", color="0.75", linewidth=1, zorder=1)
     axes.plot(means, places, "o", color="tab:blue", markersize=7)
+    beside = {"textcoords": "offset points", "va": "center"}
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line behind the text
     for place, row, loss in zip(places, rows, means, strict=True):
         axes.plot(row.losses, [place] * len(row.losses), ".", color="tab:blue", alpha=0.4)
         text = f"{loss:.2f}" + (f"  ({loss - means[place - 1]:+.2f})" if place else "")
-        at = max(row.losses), place
-        axes.annotate(text, at, (9, 0), textcoords="offset points", va="center", bbox=box)
-    if floor is not None:
+        axes.annotate(text, (max(row.losses), place), (9, 0), bbox=box, **beside)
+    if (floor := rows[0].floor) is not None:
         axes.axvline(floor, color="tab:red", linestyle="--", linewidth=1)
-        text, style = f"{floor:.2f}, the entropy of the text", dict(color="tab:red", va="center")
-        axes.annotate(text, (floor, 0), (6, 0), textcoords="offset points", **style)
+        text = f"{floor:.2f}, the entropy of the text"
+        axes.annotate(text, (floor, 0), (6, 0), color="tab:red", **beside)
     axes.set_yticks(places, [row.title for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("loss on held-out text, nats per character (lower is better)")
@@ -274,5 +257,4 @@ def draw(rows: list[Row], corpus: str, path: Path) -> None:
     axes.set_title(f"{corpus}: {shown}", fontsize=9)
     axes.margins(x=0.16)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
     figure.savefig(path)

@@ -13,18 +13,15 @@ import warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -33,8 +30,7 @@ from gpt_lightning.checkpoint import (
     LOGS,
     check_compatible,
     read_newest_intact,
-    resume_command,
-    run_folder,
+    shell_command,
 )
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, with_flags
@@ -48,12 +44,12 @@ from gpt_lightning.settings import (
     parse,
     restore,
 )
-from gpt_lightning.training.callbacks import GenerateText, Predictions, RunProgressBar
+from gpt_lightning.training.callbacks import GenerateText, PredictionWriter, RunProgressBar
 from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import Introduction, closing_table
-from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted
+from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted, find_keeper
 
 # The Trainer's settings where Lightning's own defaults do not fit; any of them can be given.
 TRAINER_DEFAULTS = {
@@ -67,10 +63,7 @@ TRAINER_DEFAULTS = {
 def run_trainer(argv: list[str], description: str = "", folder: Path | None = None) -> int:
     """Run the command `argv[0]` with the flags that follow; returns the exit code.
 
-    Args:
-        argv: command and flags.
-        description: of the command, for `--help`.
-        folder: of a new run; the next free `lightning_logs/version_N` by default.
+    `folder` is that of a new run, by default the next free `lightning_logs/version_N`.
     """
     silence_lightning()
     parser = build_parser(argv[0], description)
@@ -80,30 +73,11 @@ def run_trainer(argv: list[str], description: str = "", folder: Path | None = No
         raise UserError(with_flags(str(error), flag_names(parser))) from error
 
 
-def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) -> int:
-    command, settings = argv[0], parse(parser, argv[1:])
-    if settings.pop("print_config", False):
-        print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
-        return 0
-    path, checkpoint = find_start(command, settings)
-    if checkpoint is not None:
-        settings = restore(parser, argv, settings, checkpoint)
-    run = build(parser, command, settings, path, checkpoint, folder)
-    try:
-        {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
-    except Interrupted as stop:
-        if rank_zero_only.rank == 0:
-            print(f"{stop}\nResume with: {resume_command(stop.path)}", flush=True)
-        return 128 + stop.signum
-    return 0
-
-
 def silence_lightning() -> None:
     """Silence the notices that Lightning prints for every run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*LeafSpec.*is deprecated.*",
         ".*but have no logger configured.*",
@@ -114,13 +88,24 @@ def silence_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def find_start(command: str, settings: Settings) -> tuple[Path | None, dict | None]:
-    """The checkpoint that a command starts from: its path and content, or None for a new run."""
-    which = settings.get("ckpt_path")
-    if which is None and command == "fit":
-        return None, None
-    root = settings["trainer"].get("default_root_dir") or "."
-    return read_newest_intact("best" if which is None else which, root)
+def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) -> int:
+    command, settings = argv[0], parse(parser, argv[1:])
+    if settings.pop("print_config", False):
+        print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    path, checkpoint, which = None, None, settings.get("ckpt_path")
+    if which is None and command != "fit":
+        which = "best"
+    if which is not None:
+        root = settings["trainer"].get("default_root_dir") or "."
+        path, checkpoint = read_newest_intact(which, root)
+        settings = restore(parser, argv, settings, checkpoint)
+    run = build(parser, command, settings, path, checkpoint, folder)
+    try:
+        {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
+    except Interrupted as stop:
+        return 128 + stop.signum
+    return 0
 
 
 @dataclass
@@ -133,7 +118,10 @@ class Run:
     module: GPTModule
     trainer: Trainer
     path: Path | None  # the checkpoint it starts from
-    first_step: int = 0
+    first_step: int
+
+
+# building
 
 
 def build(
@@ -152,26 +140,32 @@ def build(
     module = build_module(settings["model"], data, seed)
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
     settings["model"] = module.settings()["model"]
-    first_step = 0
+    settings["trainer"] = options = {**TRAINER_DEFAULTS, **settings["trainer"]}
+    first_step = checkpoint["global_step"] if checkpoint else 0
     if checkpoint is not None:
-        first_step = checkpoint["global_step"]
         ours = module.describe(data)
         check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
-    if command == "fit":
-        check_trainer_settings(settings["trainer"], first_step)
-    options = {**TRAINER_DEFAULTS, **settings["trainer"]}
-    settings["trainer"] = options
     reason, logger = "", None
     if command == "fit":
+        check_trainer_settings(options, first_step)
         device, world_size = probe_hardware(parser, options)
         choose_length(options, data, world_size)
         if options.get("precision") is None:
             width = getattr(module.config, "n_embd", 0)
             options["precision"], reason = choose_precision(device, width)
-        if not options.get("fast_dev_run") and not options.get("barebones"):
-            root = Path(options.get("default_root_dir") or ".")
-            folder = (path and run_folder(path)) or folder or new_run_folder(root / LOGS)
-            logger = default_logger(folder, first_step)
+        if not options.get("fast_dev_run"):
+            if path is not None and path.parent.name == "checkpoints":
+                folder = path.parent.parent
+            elif folder is None:
+                folder = new_run_folder(Path(options.get("default_root_dir") or ".") / LOGS)
+            logger = TensorBoardLogger(
+                folder.parent.parent,
+                name=folder.parent.name,
+                version=folder.name,
+                default_hp_metric=False,
+                purge_step=first_step + 1,  # hides what a killed run logged after its checkpoint
+                flush_secs=10,
+            )
     callbacks = own_callbacks(command, settings, reason, folder)
     trainer = build_trainer(parser, options, callbacks, logger)
     module.run_settings = {k: v for k, v in settings.items() if k != "ckpt_path"}
@@ -180,17 +174,13 @@ def build(
 
 def build_module(given: dict[str, Any], data: TextDataModule, seed: int) -> GPTModule:
     """The module of the flat `--model.*` settings."""
-    of_models = {item.name for config in CONFIGS.values() for item in fields(config)}
+    of_models = {"name"} | {item.name for config in CONFIGS.values() for item in fields(config)}
     of_optimizer = {item.name for item in fields(OptimizerConfig)}
-    sizes = {"vocab_size": data.vocab_size, "block_size": data.hparams.block_size}
-    model, optimizer, other = {"name": "gpt", **sizes}, {}, {}
+    model = {"name": "gpt", "vocab_size": data.vocab_size, "block_size": data.hparams.block_size}
+    optimizer, other = {}, {}
     for name, value in given.items():
-        if name in of_optimizer:
-            optimizer[name] = value
-        elif name in of_models or name == "name":
-            model[name] = value
-        else:
-            other[name] = value
+        part = model if name in of_models else optimizer if name in of_optimizer else other
+        part[name] = value
     return GPTModule(config_from_dict(model), OptimizerConfig(**optimizer), seed=seed, **other)
 
 
@@ -198,37 +188,27 @@ def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str
     """Device type and number of processes of a Trainer with these settings."""
     names = ("accelerator", "devices", "num_nodes", "strategy")
     chosen = {name: trainer[name] for name in names if name in trainer}
-    probe = build_trainer(parser, {**chosen, "barebones": True}, None, None)
+    probe = build_trainer(parser, {**chosen, "barebones": True}, [], None)
     return probe.strategy.root_device.type, probe.world_size
 
 
 def build_trainer(
     parser: ArgumentParser,
     settings: dict[str, Any],
-    callbacks: list[Callback] | None,
+    callbacks: list[Callback],
     logger: TensorBoardLogger | None,
 ) -> Trainer:
-    """The Trainer, with the user's own objects built from their settings.
-
-    Raises:
-        UserError: for settings that the Trainer rejects.
-    """
+    """The Trainer, with the user's own objects built from their settings."""
     namespace = parser.parse_object({"trainer": deepcopy(settings)}, defaults=False)
     # errors of a user's own class keep their traceback, so its objects are built out here
     values = vars(parser.instantiate(namespace).trainer)
-    if callbacks is not None:
-        given = values.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        if any(isinstance(callback, ProgressBar) for callback in given):
-            callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-        values["callbacks"] = [*callbacks, *given]
-        plugins = values.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, AtomicCheckpointIO()]
-        values["plugins"] = plugins
-        if values.get("logger") in (None, True):
-            values["logger"] = logger or False
+    given = as_list(values.get("callbacks"))
+    if any(isinstance(callback, ProgressBar) for callback in given):
+        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+    values["callbacks"] = [*callbacks, *given]
+    values["plugins"] = [*as_list(values.get("plugins")), AtomicCheckpointIO()]
+    if values.get("logger") in (None, True):
+        values["logger"] = logger or False
     try:
         return Trainer(**values)
     except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
@@ -236,34 +216,25 @@ def build_trainer(
         raise UserError(f"{error} ({flags})") from error
 
 
+def as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
 def own_callbacks(
     command: str, settings: Settings, precision_reason: str, folder: Path | None
 ) -> list[Callback]:
     """Ours; the module adds `TrainingMetrics`."""
-    trainer = settings["trainer"]
     callbacks: list[Callback] = []
-    if trainer.get("enable_progress_bar", True) and not trainer.get("barebones"):
+    if settings["trainer"].get("enable_progress_bar", True):
         callbacks.append(RunProgressBar())
-    if command != "fit":
-        return callbacks
-    callbacks.append(Introduction(settings, precision_reason, folder))
-    callbacks.append(GenerateText(**settings["sample"]))
-    if trainer.get("enable_checkpointing", True) and not trainer.get("barebones"):
-        checkpoints = folder and folder / "checkpoints"
-        callbacks.append(BestAndLast(**settings["checkpoint"], folder=checkpoints))
+    if command == "fit":
+        callbacks.append(Introduction(settings, precision_reason, folder))
+        callbacks.append(GenerateText(**settings["sample"]))
+        if folder is not None and settings["trainer"].get("enable_checkpointing", True):
+            callbacks.append(BestAndLast(**settings["checkpoint"], folder=folder / "checkpoints"))
     return callbacks
-
-
-def default_logger(folder: Path, first_step: int) -> TensorBoardLogger:
-    """TensorBoard's, in the run's folder."""
-    return TensorBoardLogger(
-        folder.parent.parent,
-        name=folder.parent.name,
-        version=folder.name,
-        default_hp_metric=False,
-        purge_step=first_step + 1,  # hides what a killed run logged after its checkpoint
-        flush_secs=10,
-    )
 
 
 def new_run_folder(parent: Path) -> Path:
@@ -274,46 +245,38 @@ def new_run_folder(parent: Path) -> Path:
     """
     if rank_zero_only.rank != 0:
         return parent / "version"
-    make_folder(parent)
-    for number in count():
-        folder = parent / f"version_{number}"
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-
-
-def make_folder(folder: Path) -> None:
+    folder = parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            folder = parent / f"version_{number}"
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
 
 
+# commands
+
+
 def fit(run: Run) -> None:
     trainer, module, data = run.trainer, run.module, run.data
-    keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+    keeper = find_keeper(trainer)
     check_prompt(run)
-    if keeper is not None and keeper.folder is not None and trainer.is_global_zero:
+    if keeper is not None and trainer.is_global_zero:
         keeper.claim(keeper.folder)  # before the Trainer opens the logger, which writes there
     began = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=run.path)
-    except Interrupted:
-        raise
     except SystemExit:  # how Lightning ends at a second Ctrl-C
         raise KeyboardInterrupt from None
-    except BaseException as error:
-        advice = resume_advice(keeper)
-        if isinstance(error, UserError):
-            raise UserError(f"{error}{advice}") from error
-        if is_out_of_memory(error):
-            less = "a smaller --data.batch_size, --data.block_size or model takes less"
-            raise UserError(f"out of memory: {less} ({error}){advice}") from error
-        if advice and rank_zero_only.rank == 0:
-            print(advice.removeprefix(". "), flush=True)
+    except BaseException:
+        if keeper is not None and keeper.newest is not None and rank_zero_only.rank == 0:
+            path, step = keeper.newest
+            resume = shell_command("fit", path)
+            print(f"Step {step:,} is saved.\nResume with: {resume}", flush=True)
         raise
-    if trainer.fast_dev_run:
-        return
     if trainer.global_step == run.first_step:
         raise UserError(
             "no step was taken: --trainer.max_epochs or --trainer.max_time has been reached"
@@ -321,22 +284,6 @@ def fit(run: Run) -> None:
     if trainer.is_global_zero:
         seconds = time.perf_counter() - began
         print(closing_table(trainer, module, data, seconds, run.first_step), flush=True)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has no memory left. Not all of torch's backends have a class for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def resume_advice(keeper: BestAndLast | None) -> str:
-    """Which step is saved, and the command that resumes from it."""
-    if keeper is None or keeper.newest is None:
-        return ""
-    path, step = keeper.newest
-    return f". Step {step:,} is saved; resume with: {resume_command(path)}"
 
 
 def check_prompt(run: Run) -> None:
@@ -352,24 +299,25 @@ def validate(run: Run) -> None:
     data = run.data
     if run.trainer.is_global_zero:
         part = f"{data.val_tokens:,} of {len(data.tokens):,} tokens, held out"
-        print(
-            f"text   {data.corpus.name}: {part} (--data.val_fraction={data.hparams.val_fraction})"
-        )
+        fraction = f"--data.val_fraction={data.hparams.val_fraction}"
+        print(f"text   {data.corpus.name}: {part} ({fraction})")
     evaluate = run.trainer.test if run.command == "test" else run.trainer.validate
     evaluate(run.module, data, ckpt_path=run.path)
 
 
 def predict(run: Run) -> None:
-    """Write the cost in nats of each held-out token to `predictions.npz`."""
+    """Write the cost in nats of each held-out token to `predictions.npy`."""
+    if run.trainer.world_size > 1:
+        raise UserError("predict runs in one process: use --trainer.devices=1")
     folder = Path(run.trainer.default_root_dir)
-    make_folder(folder)
-    predictions = Predictions()
-    run.trainer.callbacks.append(predictions)
-    run.trainer.predict(run.module, run.data, ckpt_path=run.path, return_predictions=False)
-    if not predictions.count:
-        raise UserError("--trainer.limit_predict_batches=0 leaves nothing to predict")
-    names = (f"predictions{n and f'-{n}' or ''}.npz" for n in count())
+    names = chain(["predictions.npy"], (f"predictions-{number}.npy" for number in count(1)))
     path = next(folder / name for name in names if not (folder / name).exists())
-    np.savez(path, ids=predictions.ids, nats=predictions.nats)
-    mean = predictions.nats.mean(dtype=np.float64)
-    print(f"{predictions.count:,} tokens, {mean:.4f} nats each: {path} (ids, nats)")
+    writer = PredictionWriter(path)
+    run.trainer.callbacks.append(writer)
+    try:
+        run.trainer.predict(run.module, run.data, ckpt_path=run.path, return_predictions=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+    if not writer.count:
+        raise UserError("--trainer.limit_predict_batches=0 leaves nothing to predict")
+    print(f"{writer.count:,} tokens, {writer.nats / writer.count:.4f} nats each: {path}")

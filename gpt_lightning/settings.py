@@ -5,14 +5,14 @@ is one that was not given. `choose_length` then chooses the settings that depend
 """
 
 from dataclasses import fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
 
-from gpt_lightning.checkpoint import KEY, trusted_settings
+from gpt_lightning.checkpoint import COMMAND, KEY, SECTIONS, trusted_settings
 from gpt_lightning.config_files import expand_configs
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, did_you_mean
@@ -22,15 +22,10 @@ from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.saving import BestAndLast
 
-PROGRAM = "python -m gpt_lightning"
-SECTIONS = ("data", "model", "sample", "checkpoint", "trainer")
-FROM_DATA = ("vocab_size", "block_size")  # fields of a model config that have no flag
-
 STEPS = 1000  # of a run whose length is not given: a minute or two on two cores
 EPOCHS = 3  # of a short text: longer runs overfit (docs/experiments.md)
 FEWEST_STEPS = 40
 VALIDATION_STEPS = 250
-NOTEBOOK_STRATEGIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 Settings = dict[str, Any]  # "seed_everything", "ckpt_path" and a dict for each of SECTIONS
 
@@ -38,52 +33,38 @@ Settings = dict[str, Any]  # "seed_everything", "ckpt_path" and a dict for each 
 def build_parser(command: str, description: str = "") -> ArgumentParser:
     """All flags of a command. The Trainer's many come last in `--help`."""
     parser = ArgumentParser(
-        prog=f"{PROGRAM} {command}",
-        usage=f"{PROGRAM} {command} [--config NAME_OR_FILE ...] [--flag=value ...]",
+        prog=f"{COMMAND} {command}",
+        usage=f"{COMMAND} {command} [--config NAME_OR_FILE ...] [--flag=value ...]",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,  # the one below prints what was given, without defaults
     )
-    parser.add_argument("-c", "--config", action="config", help="a shipped config or a YAML file")
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the settings as a config and exit"
-    )
-    parser.add_argument("--seed_everything", type=int, default=1337, help="seed of the run")
-    parser.add_argument("--ckpt_path", type=str | None, help="last, best, a file or a run's folder")
-    parser.add_class_arguments(TextDataModule, "data", skip={"seed"}, instantiate=False)
+    add = parser.add_argument
+    add("-c", "--config", action="config", help="a shipped config or a YAML file")
+    add("--print_config", action="store_true", help="print the settings as a config and exit")
+    add("--seed_everything", type=NonNegativeInt, default=1337, help="seed of the run")
+    add("--ckpt_path", type=str | None, help="last, best, a file or a run's folder")
+    add_class = parser.add_class_arguments
+    add_class(TextDataModule, "data", skip={"seed"}, instantiate=False)
     add_model_arguments(parser)
-    parser.add_class_arguments(GenerateText, "sample", instantiate=False)
-    parser.add_class_arguments(BestAndLast, "checkpoint", skip={"folder"}, instantiate=False)
-    parser.add_class_arguments(
-        Trainer, "trainer", instantiate=False, sub_configs=True, fail_untyped=False
-    )
+    add_class(GPTModule, "model", skip={"model", "optimizer", "seed"}, instantiate=False)
+    add_class(GenerateText, "sample", instantiate=False)
+    add_class(BestAndLast, "checkpoint", skip={"folder"}, instantiate=False)
+    add_class(Trainer, "trainer", instantiate=False, sub_configs=True, fail_untyped=False)
     return parser
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
     """One flat flag `--model.FIELD` for each field of the model and optimizer configs."""
-    names = tuple(CONFIGS)
-    group = parser.add_argument_group("model, optimizer and loss")
-    group.add_argument("--model.name", type=Literal[names], default="gpt", help="the architecture")
-    added = {"name", *FROM_DATA}
+    names = Literal[tuple(CONFIGS)]
+    parser.add_argument("--model.name", type=names, default="gpt", help="the architecture")
+    added = {"vocab_size", "block_size"}  # these come from the data
     for config in (*CONFIGS.values(), OptimizerConfig):
-        documented = parse_docstring(config.__doc__).params
-        help_of = {item.arg_name: " ".join((item.description or "").split()) for item in documented}
-        hints = get_type_hints(config)
-        for item in fields(config):
-            if item.name in added:
-                continue
-            added.add(item.name)
-            group.add_argument(
-                f"--model.{item.name}",
-                type=hints[item.name],
-                default=item.default,
-                help=help_of.get(item.name, "").replace("%", "%%"),
-            )
-    parser.add_class_arguments(
-        GPTModule, "model", skip={"model", "optimizer", "seed"}, instantiate=False
-    )
+        own = {item.name for item in fields(config)}
+        skip = own & added
+        parser.add_class_arguments(config, "model", as_group=False, skip=skip, instantiate=False)
+        added |= own
 
 
 def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None) -> Settings:
@@ -94,19 +75,11 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     try:
         namespace = parser.parse_args(expanded, defaults=False)
     except ArgumentError as error:
-        message = unknown_flag(argv, parser) or str(error)
-        raise UserError(message) from error
+        raise UserError(unknown_flag(argv, parser) or str(error)) from error
     text = parser.dump(namespace, skip_unset=False, skip_validation=True)
     given = yaml.safe_load(text) or {}  # plain types only
     given.pop("config", None)
-    settings = {**given, **{section: given.get(section) or {} for section in SECTIONS}}
-    for section in SECTIONS:
-        if not isinstance(settings[section], dict):
-            raise UserError(f"--{section}={settings[section]} must be a mapping of settings")
-    seed = settings.get("seed_everything", 0)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed_everything={seed} must be 0 or more and below 2**32")
-    return settings
+    return {**given, **{section: given.get(section) or {} for section in SECTIONS}}
 
 
 def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
@@ -134,10 +107,9 @@ def restore(
     given = set(settings["trainer"])
     if any(arg.startswith("--trainer.callbacks+") for arg in argv):
         given -= {"callbacks"}  # they are added to the checkpoint's
+    if given & {"max_steps", "max_epochs"}:
+        given |= {"max_steps", "max_epochs"}  # the run is to be as long as the user says
     stored = trusted_settings(entry["settings"], given)
-    for length, other in (("max_steps", "max_epochs"), ("max_epochs", "max_steps")):
-        if length in given and other not in given:
-            stored["trainer"].pop(other, None)  # the run is to be as long as the user says
     if command != "fit":  # any text may be given, in the checkpoint's vocabulary
         stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
     restored = parse(parser, argv[1:], base=stored)
@@ -152,17 +124,21 @@ def restore(
 
 def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
     """Raise a UserError for settings that Lightning accepts but that train nothing."""
-    for name in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
-        check_positive(trainer, name, endless=name in ("max_steps", "max_epochs"))
-    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
-        check_positive(trainer, name)
+    for name in (
+        "max_steps",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "log_every_n_steps",
+        "accumulate_grad_batches",
+    ):
+        if trainer.get(name) == 0:
+            raise UserError(f"--trainer.{name}=0 must be above 0")
     if 0 < (trainer.get("max_steps") or 0) <= first_step:
         raise UserError(
             f"this run has done its {first_step:,} steps; train further with "
             f"--trainer.max_steps={2 * first_step}"
         )
-    if trainer.get("overfit_batches"):
-        number = trainer["overfit_batches"]
+    if number := trainer.get("overfit_batches"):
         raise UserError(
             f"--trainer.overfit_batches={number} would replace the order of the windows; use "
             f"--data.overfit_batches={number}"
@@ -174,30 +150,15 @@ def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
             f"--trainer.limit_train_batches={batches} must be a multiple of "
             f"--trainer.accumulate_grad_batches={accumulate}"
         )
-    if trainer.get("strategy") in NOTEBOOK_STRATEGIES:
+    if trainer.get("strategy") in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
         raise UserError(
             f"--trainer.strategy={trainer['strategy']} is for notebooks: the results of its "
             "processes do not return to this command; use --trainer.strategy=ddp"
         )
 
 
-def check_positive(trainer: dict[str, Any], name: str, endless: bool = False) -> None:
-    value = trainer.get(name)
-    if isinstance(value, int | float) and value <= 0 and not (endless and value == -1):
-        raise UserError(f"--trainer.{name}={value} must be above 0")
-
-
 def choose_length(trainer: dict[str, Any], data: TextDataModule, world_size: int) -> None:
-    """Choose number of steps and validation interval of a `fit`, where they are not given.
-
-    Args:
-        trainer: the Trainer's settings, which are completed.
-        data: after `setup`.
-        world_size: number of processes.
-
-    Raises:
-        UserError: for an interval that the Trainer would reject once the run has begun.
-    """
+    """Complete the Trainer's settings of a `fit`: number of steps and validation interval."""
     accumulate = trainer.get("accumulate_grad_batches") or 1
     if trainer.get("max_steps") is None and trainer.get("max_epochs") is None:
         trainer["max_steps"] = choose_steps(data, world_size * accumulate)
@@ -206,15 +167,15 @@ def choose_length(trainer: dict[str, Any], data: TextDataModule, world_size: int
         steps = trainer.get("max_steps", -1)
         steps = VALIDATION_STEPS if steps < 1 else max(1, min(VALIDATION_STEPS, steps // 4))
         trainer["val_check_interval"] = interval = steps * accumulate
+    batches = data.batches_per_epoch(world_size, accumulate)
+    if trainer.get("check_val_every_n_epoch") and isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
+            "epoch; drop --trainer.check_val_every_n_epoch to count over the whole run"
+        )
     if "check_val_every_n_epoch" not in trainer:
         # null counts batches over the whole run; a fraction is one of an epoch
         trainer["check_val_every_n_epoch"] = None if isinstance(interval, int) else 1
-    batches = data.batches_per_epoch(world_size, accumulate)
-    if trainer["check_val_every_n_epoch"] and isinstance(interval, int) and interval > batches:
-        raise UserError(
-            f"--trainer.val_check_interval={interval} is more than the {batches} batches of an "
-            "epoch; with --trainer.check_val_every_n_epoch give a fraction of an epoch, up to 1.0"
-        )
 
 
 def choose_steps(data: TextDataModule, batches_per_step: int) -> int:

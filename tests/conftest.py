@@ -1,16 +1,17 @@
-"""Fixtures that several test files use."""
+"""What several test files use."""
 
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt_lightning.cli import main
 
+ROOT = Path(__file__).parent.parent
 TEXT = "To be, or not to be: that is the question;\nwhether 'tis nobler in the mind.\n" * 20
 TINY = (  # flags of a run that takes about a second
     "--data.corpus=text.txt",
@@ -22,6 +23,19 @@ TINY = (  # flags of a run that takes about a second
     "--trainer.max_steps=4",
     "--trainer.accelerator=cpu",
 )
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def perturbed(model, noise=0.3):
+    """The model in eval mode, every weight moved away from its initial value."""
+    generator = seeded(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += noise * torch.randn(p.shape, generator=generator)
+    return model.eval()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,18 +52,12 @@ def cli(tmp_path):
     """Run the command line in a new process: `cli("fit", "--trainer.max_steps=1", cwd=folder)`."""
 
     def run(*argv, cwd=tmp_path, timeout=120, env=None):
-        root = Path(__file__).parent.parent
+        ours = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
         return subprocess.run(
             [sys.executable, "-m", "gpt_lightning", *map(str, argv)],
             cwd=cwd,
             timeout=timeout,
-            env={
-                "OMP_NUM_THREADS": "1",
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-                "PYTHONIOENCODING": "utf-8",
-                **(env or {}),
-            },
+            env={"OMP_NUM_THREADS": "1", **os.environ, **ours, **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -74,22 +82,3 @@ def trained_once(tmp_path_factory):
 def trained(trained_once, tmp_path):
     """A folder with `text.txt` and a run of `fit` with TINY on it in `lightning_logs`."""
     return Path(shutil.copytree(trained_once, tmp_path / "trained"))
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    """A folder with the contents of a wheel that is built from this checkout."""
-    folder, root = tmp_path_factory.mktemp("wheel"), Path(__file__).parent.parent
-    source = folder / "source"  # setuptools leaves a build folder behind
-    for name in ("gpt_lightning", "configs"):
-        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run(
-        [*build, "-w", str(folder), str(source)], check=True, capture_output=True, timeout=120
-    )
-    (archive,) = folder.glob("*.whl")
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(folder / "contents")
-    return folder / "contents"

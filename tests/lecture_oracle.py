@@ -261,7 +261,6 @@ class GPTLanguageModel(nn.Module):
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True):
         super().__init__()
-        self.block_size = block_size
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         blocks = [Block(n_embd, n_head, block_size, dropout, bias) for _ in range(n_layer)]
@@ -274,16 +273,6 @@ class GPTLanguageModel(nn.Module):
         x = self.token_embedding_table(idx) + pos  # (B, T, C)
         logits = self.lm_head(self.ln_f(self.blocks(x)))  # (B, T, V)
         return logits, next_token_loss(logits, targets)
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, generator=None):
-        """idx (B, T) -> (B, T + max_new_tokens), from the last block_size tokens each time."""
-        for _ in range(max_new_tokens):
-            idx_cond = idx[:, -self.block_size :]
-            probs = F.softmax(self(idx_cond)[0][:, -1, :], dim=-1)  # (B, V)
-            idx_next = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-            idx = torch.cat([idx, idx_next], dim=1)
-        return idx
 
 
 # The lecture's rungs by config name, built from vocab_size, block_size and n_embd.
@@ -312,12 +301,11 @@ LADDER = {
 }
 
 
-def oracle_of(model, dropout=None):
+def oracle_of(model):
     """The oracle with the shape and the weights of a `LectureGPT`."""
     c = model.config
-    dropout = c.dropout if dropout is None else dropout
     oracle = GPTLanguageModel(
-        c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, dropout, c.bias
+        c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias
     )
     copy_named(from_model(model.state_dict(), c.n_head), oracle)
     return oracle.train(model.training)

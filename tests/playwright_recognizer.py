@@ -60,9 +60,8 @@ def recognize(text: str) -> np.ndarray:
     Raises:
         ValueError: with the line's number, if the text is not whole lines of this grammar.
     """
-    *lines, rest = text.split("\n")
     stage, nats = Stage(), []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         found = readings(stage, line)
         if not found:
             raise ValueError(f"line {number} is not a line of the grammar here: {line!r}")
@@ -71,6 +70,4 @@ def recognize(text: str) -> np.ndarray:
         kind, mass, _ = found[0]
         nats.append(-math.log(mass))
         stage.update(kind, line)
-    if rest:
-        raise ValueError(f"line {len(lines) + 1} does not end with a newline: {rest!r}")
     return np.array(nats, np.float64)

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import perturbed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,29 +14,20 @@ from gpt_lightning.model.attention import FEW, STEP, KVCache, causal_attention
 SIZES = dict(vocab_size=9, block_size=12, n_layer=3, n_head=2, n_embd=24)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def perturbed(name, **sizes):
-    """A model with every weight moved away from its initial value."""
-    torch.manual_seed(3)
-    model = build_model(CONFIGS[name](**{**SIZES, **sizes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model.eval()
+def build(name, **sizes):
+    torch.manual_seed(1337)
+    return perturbed(build_model(CONFIGS[name](**{**SIZES, **sizes})))
 
 
 def some_ids(B, T, seed=2):
     return torch.randint(9, (B, T), generator=seeded(seed))
 
 
-# --- the cache ------------------------------------------------------------------------------------
-
-CACHED = {name: perturbed(name) for name in ("gpt", "lecture")}
-CACHED["5-grams"] = perturbed("gpt", n_gram=5)
-CACHED["no layers"] = perturbed("lecture", n_layer=0)
+CACHED = {
+    "gpt": build("gpt", n_gram=5),
+    "lecture": build("lecture"),
+    "no layers": build("lecture", n_layer=0),
+}
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -44,34 +36,22 @@ CACHED["no layers"] = perturbed("lecture", n_layer=0)
     chunks=st.lists(st.integers(1, 12), min_size=1, max_size=12),
     B=st.sampled_from([1, 3, FEW + 1]),
     step=st.sampled_from([5, STEP]),
+    used=st.booleans(),
 )
-def test_logits_of_chunks_equal_those_of_the_whole_window(name, chunks, B, step):
+def test_logits_of_chunks_equal_those_of_the_whole_window(name, chunks, B, step, used):
     model = CACHED[name]
     T = min(sum(chunks), 12)
     ids, cache, found = some_ids(B, T), KVCache(12), []
     with torch.no_grad(), patch("gpt_lightning.model.attention.STEP", step):
+        if used:  # a cache of length 0 is like a new one
+            model(some_ids(B, 12, seed=8), cache)
+            cache.length = 0
         for chunk in chunks:
             if cache.length < T:
                 stop = min(cache.length + chunk, T)
                 found.append(model(ids[:, :stop], cache))
                 assert cache.length == stop
         torch.testing.assert_close(torch.cat(found, dim=1), model(ids), atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("B", [2, FEW + 1])
-@pytest.mark.parametrize("name", CACHED)
-def test_a_cache_of_length_0_is_like_a_new_one(name, B):
-    model, cache = CACHED[name], KVCache(12)
-    model(some_ids(B, 12, seed=8), cache)
-    with pytest.raises(AssertionError, match="13 tokens, block_size 12"):
-        model(some_ids(B, 13), cache)
-    cache.length = 0
-    ids = some_ids(B, 7)
-    torch.testing.assert_close(model(ids, cache), model(ids), atol=1e-5, rtol=0)
-
-
-# --- causal attention -----------------------------------------------------------------------------
 
 
 def heads(B=2, H=3, T=9, D=8, dtype=torch.bfloat16, seed=0):
@@ -87,17 +67,16 @@ def test_attention_in_bf16_is_close_to_fp32(shape, scale):
     found, expected = causal_attention(*narrow, scale), causal_attention(*wide, scale)
     assert found.dtype == torch.bfloat16 and found.shape == expected.shape
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
-    weights = torch.randn(found.shape, generator=seeded(4))
-    (found * weights).sum().backward()
-    (expected * weights).sum().backward()
+    gradient = torch.randn(found.shape, generator=seeded(4))
+    found.backward(gradient.bfloat16())
+    expected.backward(gradient)
     for a, b in zip(narrow, wide, strict=True):
-        error = (a.grad.float() - b.grad).norm() / (b.grad.norm() + 1e-3)
-        assert error < 0.03
+        assert (a.grad.float() - b.grad).norm() < 0.03 * (b.grad.norm() + 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_later_positions_have_no_effect_and_no_gradient(dtype, dropout):
+def test_later_positions_have_no_effect(dtype, dropout):
     q, k, v = heads(dtype=dtype)
 
     def attend(k, v):
@@ -110,8 +89,6 @@ def test_later_positions_have_no_effect_and_no_gradient(dtype, dropout):
         later = torch.arange(9)[:, None] > t
         changed = attend(torch.where(later, k + 3, k), torch.where(later, v - 5, v))
         assert torch.equal(changed[:, :, : t + 1], out[:, :, : t + 1])
-        gk, gv = torch.autograd.grad(out[:, :, t].float().sum(), [k, v], retain_graph=True)
-        assert not gk[:, :, t + 1 :].any() and not gv[:, :, t + 1 :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -129,7 +106,7 @@ def test_dropout_keeps_the_mean_of_attention(dtype):
 
 @pytest.mark.parametrize("name", ["gpt", "lecture"])
 def test_a_model_in_mixed_precision_is_close_to_fp32(name):
-    model, ids = perturbed(name, n_embd=32), some_ids(4, 6)
+    model, ids = build(name, n_embd=32), some_ids(4, 6)
     expected = model(ids)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(ids)

@@ -4,7 +4,6 @@ import shutil
 import signal
 import sys
 
-import filelock
 import pytest
 import torch
 from kills import differences
@@ -115,7 +114,7 @@ def steps_of(folder):
     return {path.name: torch.load(path)["global_step"] for path in folder.glob("*.ckpt")}
 
 
-# --- resuming -------------------------------------------------------------------------------------
+# resuming
 
 
 @pytest.mark.parametrize(
@@ -124,11 +123,10 @@ def steps_of(folder):
         {},
         {"epoch": 8, "accumulate_grad_batches": 2, "max_steps": 12},
         {"epoch": 8, "check_val_every_n_epoch": 1, "val_check_interval": 0.5},
-        {"epoch": 6, "check_val_every_n_epoch": 2, "val_check_interval": 1.0},
         {"max_epochs": 3, "max_steps": -1},
         {"every": 1, "val_check_interval": 1, "max_steps": 16},
     ],
-    ids=["mid-epoch", "accumulation", "twice an epoch", "each second epoch", "max_epochs", "every"],
+    ids=["mid-epoch", "accumulation", "twice an epoch", "max_epochs", "every"],
 )
 def test_a_run_resumed_from_any_of_its_checkpoints_is_the_uninterrupted_run(tmp_path, settings):
     settings = dict(settings)
@@ -153,17 +151,6 @@ def test_a_run_resumed_from_any_of_its_checkpoints_is_the_uninterrupted_run(tmp_
     assert resumed_from > 3
 
 
-def test_a_finished_run_can_be_trained_further(tmp_path):
-    trainer, whole, _ = build(tmp_path / "whole")
-    trainer.fit(whole)
-    trainer, half, keeper = build(tmp_path / "half", max_steps=12)
-    trainer.fit(half)
-    trainer, rest, _ = build(tmp_path / "half")
-    trainer.fit(rest, ckpt_path=keeper.last_path)
-    assert half.validations | rest.validations == whole.validations
-    assert torch.equal(rest.net.weight, whole.net.weight)
-
-
 def test_a_kill_between_validation_and_save_repeats_the_validation(tmp_path):
     class Kill(Callback):
         def on_validation_end(self, trainer, module):
@@ -179,7 +166,7 @@ def test_a_kill_between_validation_and_save_repeats_the_validation(tmp_path):
     assert list(module.validations) == [12, 13]
 
 
-# --- what is saved, and when ----------------------------------------------------------------------
+# what is saved, and when
 
 
 def test_last_is_saved_every_n_steps_and_at_the_end_best_when_the_loss_falls(tmp_path):
@@ -204,61 +191,24 @@ def test_the_final_step_is_validated_whatever_the_interval(tmp_path, settings):
     assert steps_of(keeper.folder)["last.ckpt"] == 5
 
 
-def test_fast_dev_run_saves_nothing(tmp_path):
-    trainer, module, _ = build(tmp_path, fast_dev_run=True)
-    trainer.fit(module)
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_a_step_that_is_not_finite_is_not_saved(tmp_path):
-    class Infinite(Tiny):
-        def check_finite(self, step):
-            if step > 7:
-                raise UserError(f"step {step} is not finite")
-
-    trainer, _, keeper = build(tmp_path)
-    with pytest.raises(UserError, match="step 8 is not finite"):
-        trainer.fit(Infinite(7))
-    assert keeper.newest == (keeper.last_path, 6) and steps_of(keeper.folder)["last.ckpt"] == 6
-
-
-def test_a_negative_interval_is_refused():
-    with pytest.raises(UserError, match="^every_n_train_steps=-1 must be 0 or more"):
-        BestAndLast(-1)
-
-
-def test_a_file_that_cannot_be_written_is_a_users_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file.last.ckpt could not be written \("):
-        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
-
-
-def test_checkpoints_are_read_safely(tmp_path):
-    (tmp_path / "a.ckpt").write_text("text")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", map_location=None)
-
-
-# --- nothing of the user's is overwritten ---------------------------------------------------------
+# nothing of the user's is overwritten
 
 
 def test_a_new_run_does_not_overwrite_anothers_checkpoints(tmp_path):
     build(tmp_path, max_steps=2)[0].fit(Tiny(7))
-    before = (tmp_path / "checkpoints/last.ckpt").read_bytes()
     with pytest.raises(UserError, match="holds another run's checkpoints"):
-        build(tmp_path, max_steps=2)[0].fit(Tiny(7))
-    assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == before
+        build(tmp_path, max_steps=3)[0].fit(Tiny(7))
+    assert steps_of(tmp_path / "checkpoints")["last.ckpt"] == 2
 
 
 def test_later_checkpoints_are_kept_when_a_run_resumes_from_an_earlier_step(tmp_path, capsys):
     trainer, module, keeper = build(tmp_path, keeper=Copies(3), max_steps=9)
     trainer.fit(module)
-    later = keeper.last_path.read_bytes()
-    early = tmp_path / "copies/3-last.ckpt"
-    build(tmp_path, max_steps=5)[0].fit(Tiny(7), ckpt_path=early)
+    build(tmp_path, max_steps=5)[0].fit(Tiny(7), ckpt_path=tmp_path / "copies/3-last.ckpt")
     kept = keeper.folder / "last-step9.ckpt"
     assert f"last.ckpt is kept as {kept}" in capsys.readouterr().out
-    assert kept.read_bytes() == later and steps_of(keeper.folder)["last.ckpt"] == 5
+    steps = steps_of(keeper.folder)
+    assert steps["last-step9.ckpt"] == 9 and steps["last.ckpt"] == 5
 
 
 def test_resuming_from_last_does_not_keep_a_later_best(tmp_path):
@@ -271,18 +221,7 @@ def test_resuming_from_last_does_not_keep_a_later_best(tmp_path):
     assert sorted(steps_of(keeper.folder)) == ["best.ckpt", "last.ckpt"]
 
 
-def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    with filelock.FileLock(tmp_path / "checkpoints/.lock"):
-        with pytest.raises(UserError, match="another process trains in"):
-            build(tmp_path)[0].fit(Tiny(7))
-        assert not list(tmp_path.rglob("*.ckpt"))
-    build(tmp_path, max_steps=2)[0].fit(Tiny(7))
-    with filelock.FileLock(tmp_path / "checkpoints/.lock", timeout=0):  # released at the end
-        pass
-
-
-# --- signals --------------------------------------------------------------------------------------
+# signals
 
 SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -302,9 +241,9 @@ def handlers():
 def test_a_signal_saves_after_the_step_and_its_validation(tmp_path, handlers, capsys, name, step):
     signum = getattr(signal, name)
     trainer, module, keeper = build(tmp_path, Do(step, lambda: signal.raise_signal(signum)))
-    with pytest.raises(Interrupted, match=f"stopped by {name}; saved") as stop:
+    with pytest.raises(Interrupted, match=f"stopped by {name}") as stop:
         trainer.fit(module)
-    assert (stop.value.signum, stop.value.path) == (signum, keeper.last_path)
+    assert stop.value.signum == signum
     assert list(module.validations) == [s for s in (4, 8) if s <= step]
     assert steps_of(keeper.folder)["last.ckpt"] == step
     assert "Stopping after this step" in capsys.readouterr().err
@@ -312,11 +251,8 @@ def test_a_signal_saves_after_the_step_and_its_validation(tmp_path, handlers, ca
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path, handlers):
-    def twice():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    trainer, module, keeper = build(tmp_path, Do(5, twice))
+    twice = Do(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    trainer, module, keeper = build(tmp_path, twice)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer.fit(module)
     assert steps_of(keeper.folder)["last.ckpt"] == 3

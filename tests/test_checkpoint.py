@@ -5,13 +5,12 @@ import io
 import os
 import pickle
 import random
-import re
-import shlex
 import subprocess
 import sys
 import warnings
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +24,9 @@ from gpt_lightning.checkpoint import (
     find_checkpoint,
     load_model,
     model_and_tokenizer,
-    newest_run,
     read_checkpoint,
     read_newest_intact,
-    resume_command,
-    run_folder,
+    shell_command,
     trusted_settings,
 )
 from gpt_lightning.data.tokenizers import CharTokenizer
@@ -80,11 +77,6 @@ def changed(*keys, value) -> bytes:
     return saved(checkpoint)
 
 
-def data_pkl(raw: bytes) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        return archive.read("archive/data.pkl")
-
-
 def repacked(compression=zipfile.ZIP_STORED, **replaced: bytes) -> bytes:
     """The small checkpoint's archive with other bytes for some entries, and valid checksums."""
     file = io.BytesIO()
@@ -115,7 +107,7 @@ def refused(path, raw: bytes, kind=UserError, read=read_checkpoint) -> str:
     return message
 
 
-# --- reading --------------------------------------------------------------------------------------
+# reading
 
 
 def test_a_checkpoint_is_read_as_it_was_written(path):
@@ -142,36 +134,31 @@ def test_a_loaded_model_computes_what_the_saved_one_did(path):
 @pytest.mark.parametrize(
     "keys, value",
     [
-        (("state_dict",), [1]),
-        (("state_dict", "net.more"), 1.5),
         ((KEY,), None),
         ((KEY, "format"), 2),
         ((KEY, "model"), [1]),
         ((KEY, "corpus", "sha256"), 1),
         ((KEY, "settings"), "model: 1"),
+        (("state_dict",), [1]),
+        (("state_dict", "net.more"), 1.5),
         (("global_step",), "4"),
     ],
 )
-def test_an_entry_of_a_wrong_type_is_refused(path, keys, value):
+def test_an_entry_of_another_program_or_version_or_type_is_refused(path, keys, value):
     message = refused(path, changed(*keys, value=value))
     assert "not a checkpoint of this version of gpt_lightning" in message
 
 
 @pytest.mark.parametrize(
     "key, value",
-    [("n_layer", 0), ("n_head", -1), ("n_embd", 2**62), ("block_size", "4"), ("vocab_size", 4),
-     ("name", None), ("name", "lecture")],
-)  # fmt: skip
+    [("n_layer", 0), ("n_embd", 2**62), ("block_size", "4"), ("name", "lecture")],
+)
 def test_model_settings_that_do_not_fit_the_weights_are_refused(path, key, value):
     raw = changed(KEY, "model", key, value=value)
     assert "do not fit its weights" in refused(path, raw, read=load_model)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(path):
-    refused(path, changed(KEY, "tokenizer", "vocabulary", value="\nabc"), read=load_model)
-
-
-# --- hostile files --------------------------------------------------------------------------------
+# hostile files
 
 
 class Call:
@@ -190,11 +177,8 @@ class Rebuilt:
     def __init__(self, canary):
         self.canary = canary
 
-    def __getstate__(self):
-        return self.canary
-
-    def __setstate__(self, canary):
-        open(canary, "w").close()
+    def __setstate__(self, state):
+        open(state["canary"], "w").close()
 
 
 PAYLOADS = {
@@ -217,39 +201,8 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, path, payload, place):
     assert canary.exists()  # without protection it does run
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_other_pickles_run_nothing_either(tmp_path, path, protocol):
-    canary = tmp_path / "canary"
-    refused(path, pickle.dumps(PAYLOADS["REDUCE"](str(canary)), protocol), DamagedCheckpoint)
-    refused(path, repacked(pickled=pickle.dumps(Rebuilt(str(canary)), protocol)), DamagedCheckpoint)
-    assert not canary.exists()
-
-
-def tensor(size, stride, offset=0):
-    """A tensor of any size over a storage of four elements."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about TypedStorage, which files still name
-        storage = torch.zeros(4).storage()
-    rebuild = torch._utils._rebuild_tensor_v2
-    return Call(rebuild, storage, offset, size, stride, False, OrderedDict())
-
-
-@pytest.mark.parametrize(
-    "size, stride, offset",
-    [((10**10,), (1,), 0), ((1,), (1,), 4), ((1,), (1,), -1), ((2,), (2**62,), 0)],
-    ids=["too large", "begins outside", "negative offset", "huge stride"],
-)
-def test_a_tensor_outside_its_storage_is_refused(path, size, stride, offset):
-    raw = changed("callbacks", "more", value=tensor(size, stride, offset))
-    refused(path, raw, DamagedCheckpoint)
-
-
-@pytest.mark.parametrize(
-    "value", [{"os.abort"}, b"abc", torch.zeros(2)], ids=["set", "bytes", "tensor"]
-)
-def test_the_description_holds_plain_types_only(path, value):
-    refused(path, changed(KEY, "settings", "trainer", "callbacks", value=value))
+def test_the_description_holds_plain_types_only(path):
+    refused(path, changed(KEY, "settings", "trainer", "callbacks", value=b"os.abort"))
 
 
 def test_attributes_of_a_dict_are_dropped(path):
@@ -263,29 +216,24 @@ def test_attributes_of_a_dict_are_dropped(path):
 OTHER_FILES = {
     "nothing": b"",
     "text": b"To be, or not to be\n" * 100,
+    "a pickle alone": pickle.dumps(Call(print)),
     "a pickle cut short": repacked(pickled=b"\x80\x02}"),
     "code by INST": repacked(pickled=b"\x80\x02(ios\nabort\n."),
     "code by STACK_GLOBAL": repacked(pickled=b"\x80\x04\x8c\x02os\x8c\x05abort\x93)R."),
-    # a storage of 12 elements: K, 12
-    "a storage larger than its entry": repacked(
-        pickled=data_pkl(saved(SMALL)).replace(b"K\x0ctq", b"J\0\0\0\x7ftq")
-    ),
     "a compressed bomb": repacked(zipfile.ZIP_DEFLATED, bomb=bytes(10 << 20)),
     "two entries of one name": repacked(**{"data.pkl": pickle.dumps({})}),
     "two names that differ in case": repacked(**{"DATA.pkl": pickle.dumps({})}),
-    "a program of TorchScript": repacked(**{"constants.pkl": b"x"}),
     "another archive behind it": saved(SMALL) + saved({"a": 1}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
 @pytest.mark.parametrize("name", OTHER_FILES)
 def test_other_files_are_refused(path, name):
     refused(path, OTHER_FILES[name])
 
 
-# --- damage ---------------------------------------------------------------------------------------
+# damage
 
 
 def is_damaged(path, raw: bytes) -> bool:
@@ -320,64 +268,51 @@ def test_a_file_cut_anywhere_is_detected(path):
         assert is_damaged(path, raw[:size])
 
 
-# --- finding --------------------------------------------------------------------------------------
+# finding
 
 
 @pytest.fixture
-def runs(tmp_path):
-    """Three runs, of which version_1 was written last."""
+def runs(tmp_path, monkeypatch):
+    """The working folder, with three runs, of which version_1 was written last."""
+    monkeypatch.chdir(tmp_path)
     times = {"version_0/best": 100, "version_0/last": 200, "version_1/best": 150,
-             "version_1/last": 300, "version_2/best": 250, "version_2/other": 900}  # fmt: skip
+             "version_1/last": 300, "version_2/best": 250}  # fmt: skip
     for name, seconds in times.items():
         run, _, stem = name.partition("/")
-        path = tmp_path / "lightning_logs" / run / "checkpoints" / f"{stem}.ckpt"
+        path = Path("lightning_logs", run, "checkpoints", f"{stem}.ckpt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
         os.utime(path, (seconds, seconds))
-    (tmp_path / "lightning_logs/version_3").mkdir()
-    return tmp_path
+    Path("lightning_logs/version_3").mkdir()
+    return Path("lightning_logs")
 
 
-def test_last_and_best_are_those_of_the_run_written_last(runs, monkeypatch):
-    newest = runs / "lightning_logs/version_1"
-    assert newest_run(runs) == newest
-    assert find_checkpoint("last", runs) == newest / "checkpoints/last.ckpt"
-    monkeypatch.chdir(runs)
-    assert find_checkpoint("best").resolve() == newest / "checkpoints/best.ckpt"
-    os.utime(runs / "lightning_logs/version_0/checkpoints/best.ckpt", (400, 400))
-    assert newest_run(runs) == runs / "lightning_logs/version_0"
-    (runs / "checkpoints").mkdir()  # of a run without a logger
-    (runs / "checkpoints/last.ckpt").write_bytes(b"")
-    assert newest_run(runs) == runs
-    assert find_checkpoint("last", runs) == runs / "checkpoints/last.ckpt"
+def test_last_and_best_are_those_of_the_run_written_last(runs, tmp_path):
+    newest = runs / "version_1/checkpoints"
+    assert find_checkpoint("last") == newest / "last.ckpt"
+    assert find_checkpoint("best", tmp_path) == tmp_path / newest / "best.ckpt"
+    (newest / "best.ckpt").unlink()
+    assert find_checkpoint("best") == newest / "last.ckpt"
+    os.utime(runs / "version_0/checkpoints/best.ckpt", (400, 400))
+    assert find_checkpoint("last") == runs / "version_0/checkpoints/last.ckpt"
 
 
-def test_files_and_runs_folders_are_found(runs, monkeypatch):
-    folder = runs / "lightning_logs/version_0"
+def test_files_and_runs_folders_are_found(runs, tmp_path, monkeypatch):
+    folder = runs / "version_0"
     best, last = folder / "checkpoints/best.ckpt", folder / "checkpoints/last.ckpt"
-    monkeypatch.setenv("HOME", str(runs))
-    monkeypatch.setenv("USERPROFILE", str(runs))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for which in (best, str(best), folder, folder / "checkpoints"):
         assert find_checkpoint(which) == best
-    assert find_checkpoint("~/lightning_logs/version_0/checkpoints/best.ckpt") == best
+    assert find_checkpoint(f"~/{best.as_posix()}") == tmp_path / best
     best.unlink()
     assert find_checkpoint(folder) == last
-    assert run_folder(last) == folder and run_folder(runs / "copied.ckpt") is None
 
 
-@pytest.mark.parametrize(
-    "which, part",
-    [
-        ("last", "version_2 has no last.ckpt yet"),
-        ("", "no such file; give last, best, a file or a run's folder"),
-        ("nothing.ckpt", "no such file"),
-        ("lightning_logs/version_3", "no best.ckpt or last.ckpt"),
-    ],
-)
-def test_a_checkpoint_that_is_not_there_is_refused(runs, monkeypatch, which, part):
-    monkeypatch.chdir(runs)
+@pytest.mark.parametrize("which", ["last", "nothing.ckpt", "lightning_logs/version_3", ""])
+def test_a_checkpoint_that_is_not_there_is_refused(runs, which):
     os.utime("lightning_logs/version_2/checkpoints/best.ckpt", (400, 400))
-    with pytest.raises(UserError, match=f"^{re.escape(f'ckpt_path={which}: ')}.*{part}"):
+    with pytest.raises(UserError, match=f"^ckpt_path={which}: no checkpoint in "):
         find_checkpoint(which)
 
 
@@ -386,41 +321,30 @@ def test_without_a_run_the_message_names_the_command_that_trains_one(tmp_path):
         find_checkpoint("best", tmp_path)
 
 
-def test_the_newest_intact_checkpoint_replaces_a_damaged_one(tmp_path, capsys):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
+def test_the_newest_intact_checkpoint_replaces_a_damaged_one(runs, capsys):
+    folder = runs / "version_1/checkpoints"
     last, older, oldest = (folder / f"{name}.ckpt" for name in ("last", "best", "mine"))
     for path, seconds in ((oldest, 100), (older, 200), (last, 300)):
-        path.write_bytes(saved(SMALL))
+        path.write_bytes(saved(SMALL)[: -1 if path == last else None])
         os.utime(path, (seconds, seconds))
-    last.write_bytes(saved(SMALL)[:-1])
-    path, checkpoint = read_newest_intact("last", tmp_path)
+    path, checkpoint = read_newest_intact("last")
     assert path == older and differences(checkpoint, SMALL) == []
     said = capsys.readouterr().err
     assert f"{last}: damaged" in said and f"using {older} (step 4)" in said
-    with pytest.raises(DamagedCheckpoint, match=re.escape(f"{older} is intact (step 4)")):
-        read_newest_intact(last)  # asked for by its path
-    older.unlink()
-    oldest.unlink()
     with pytest.raises(DamagedCheckpoint):
-        read_newest_intact("last", tmp_path)
+        read_newest_intact(last)  # asked for by its path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix")
-def test_the_resume_command_survives_the_shell():
+def test_a_printed_command_survives_the_shell():
     path = "my runs/it's $HOME/last.ckpt"
-    command = resume_command(path, "--trainer.max_time=null")
+    command = shell_command("fit", Path(path), "--trainer.max_time=null")
     words = subprocess.check_output(["sh", "-c", f"printf '%s\\n' {command}"], text=True)
-    flags = ["fit", f"--ckpt_path={path}", "--trainer.max_time=null"]
-    assert words.splitlines() == shlex.split(command) == ["python", "-m", "gpt_lightning", *flags]
+    flags = [f"--ckpt_path={path}", "--trainer.max_time=null"]
+    assert words.splitlines() == ["python", "-m", "gpt_lightning", "fit", *flags]
 
 
-def test_the_resume_command_is_quoted_for_windows(monkeypatch):
-    monkeypatch.setattr(os, "name", "nt")
-    assert resume_command("a b.ckpt") == 'python -m gpt_lightning fit "--ckpt_path=a b.ckpt"'
-
-
-# --- compared with a run --------------------------------------------------------------------------
+# compared with a run
 
 
 def test_what_does_not_change_the_weights_may_differ():
@@ -448,23 +372,22 @@ def test_a_run_that_does_not_fit_the_checkpoint_is_refused(ours, corpus, message
         check_compatible(description(), ours, "a.ckpt", same_corpus=True)
 
 
-# --- settings -------------------------------------------------------------------------------------
+# settings
 
 CALLBACKS = "lightning.pytorch.callbacks"
-STOP = {"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {"monitor": "loss/val"}}
 ABORT = {"class_path": f"{CALLBACKS}.LambdaCallback", "init_args": {"on_fit_start": "os.abort"}}
 
 
 def test_the_settings_of_a_checkpoint_are_restored():
+    saving = {"class_path": f"{CALLBACKS}.ModelCheckpoint",
+              "init_args": {"filename": "{val/loss:.2f}", "dirpath": "my_run.v2"}}  # fmt: skip
     trainer = {"max_steps": 5, "precision": "bf16-mixed", "max_time": "00:00:01:00",
-               "callbacks": [STOP], "logger": None, "gradient_clip_val": 0.5}  # fmt: skip
+               "callbacks": [saving], "logger": None, "gradient_clip_val": 0.5}  # fmt: skip
     stored = {"seed_everything": 7, "data": {"corpus": "a.txt"}, "model": {"n_layer": 2},
               "trainer": trainer, "sample": {"prompt": "os.abort"}, "checkpoint": {}}  # fmt: skip
     assert trusted_settings(stored, set()) == stored
     more = stored | {"trainer": {**trainer, "default_root_dir": "/elsewhere"}, "other": 1}
     assert trusted_settings(more, set()) == stored
-    without = {key: value for key, value in trainer.items() if key != "callbacks"}
-    assert trusted_settings(stored, {"callbacks"}) == stored | {"trainer": without}
 
 
 @pytest.mark.parametrize(
@@ -488,16 +411,3 @@ def test_settings_that_name_code_are_not_taken_from_a_checkpoint(tmp_path, monke
     with pytest.raises(UserError, match=rf"^--trainer.{key}=.* give --trainer.{key} again"):
         trusted_settings(stored, {"max_steps"})
     assert trusted_settings(stored, {key})["trainer"] == {"max_steps": 5}
-
-
-def test_settings_that_are_not_mappings_are_refused():
-    with pytest.raises(UserError, match="settings are malformed"):
-        trusted_settings({"trainer": [1]}, set())
-
-
-def test_strings_with_dots_that_name_no_code_are_restored():
-    """Also those in the arguments of Lightning's classes."""
-    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-              "init_args": {"filename": "{val/loss:.2f}", "dirpath": "my_run.v2"}}  # fmt: skip
-    stored = {"trainer": {"callbacks": [saving], "max_time": "00:00:10:00"}}
-    assert trusted_settings(stored, set())["trainer"] == stored["trainer"]

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from gpt_lightning.cli import main
-from gpt_lightning.training.callbacks import RunProgressBar
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -50,7 +48,8 @@ def test_generate_needs_only_the_checkpoint_file(trained, tmp_path, cli):
 def test_generate_does_not_import_lightning(trained):
     code = (
         "import sys; from gpt_lightning.cli import run; run(['generate', '--max_new_tokens=3']);"
-        "sys.exit(any(name.split('.')[0] == 'lightning' for name in sys.modules))"
+        "names = {name.split('.')[0] for name in sys.modules};"
+        "sys.exit(len(names & {'lightning', 'torchmetrics', 'jsonargparse', 'tensorboard'}))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=trained).returncode == 0
 
@@ -83,18 +82,17 @@ def test_generate_reads_its_prompt_from_a_file_or_stdin(trained, cli, tmp_path):
     assert piped.stdout.startswith("whether") and len(piped.stdout) == len("whether") + 6
 
 
-@pytest.mark.parametrize(
-    "name, text, prompt",
-    [
-        ("chinese", "春眠不觉晓,处处闻啼鸟。夜来风雨声,花落知多少。\n" * 40, "春眠"),
-        ("emoji and marks", "a\u0301 nai\u0308ve 👩‍👩‍👧 family 🏳️‍🌈 e\u0323\u0302\n" * 40, "👩‍👩‍👧"),
-        ("windows line ends", "one line\r\nand another\r\n" * 60, "one line\r\nand"),
-    ],
-)
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_any_language_trains_and_generates(
-    name, text, prompt, tokenizer, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize(
+    "text, prompt",
+    [
+        ("春眠不觉晓,处处闻啼鸟。夜来风雨声,花落知多少。\n" * 40, "春眠"),
+        ("a\u0301 nai\u0308ve 👩‍👩‍👧 family 🏳️‍🌈 e\u0323\u0302\n" * 40, "👩‍👩‍👧"),
+        ("one line\r\nand another\r\n" * 60, "one line\r\nand"),
+    ],
+    ids=["chinese", "emoji and marks", "windows line ends"],
+)
+def test_any_language_trains_and_generates(text, prompt, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(text.encode())
     (tmp_path / "prompt.txt").write_bytes(prompt.encode())
@@ -106,15 +104,6 @@ def test_any_language_trains_and_generates(
     assert out.startswith(prompt.replace("\r\n", "\n")) and len(out) > len(prompt)
     if tokenizer == "char":
         assert set(out) <= set(text.replace("\r\n", "\n"))
-        assert unicodedata.normalize("NFC", text) != text or name != "emoji and marks"
-
-
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
-def test_text_is_generated_in_each_precision(trained, monkeypatch, capsys, precision):
-    monkeypatch.chdir(trained)
-    assert run("generate", f"--precision={precision}", "--max_new_tokens=20", "--prompt=to") == 0
-    out = capsys.readouterr().out
-    assert out.startswith("to") and len(out) == len("to") + 20 + 1
 
 
 def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch, capsys):
@@ -125,10 +114,9 @@ def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch,
     assert run("test", "--ckpt_path=last") == 0
     assert "loss/test" in capsys.readouterr().out
     assert run("predict", "--ckpt_path=last") == 0
-    assert run("predict", "--ckpt_path=last") == 0  # beside the first, not over it
-    with np.load("predictions.npz") as one, np.load("predictions-1.npz") as two:
-        assert np.array_equal(one["nats"], two["nats"])
-        nats = one["nats"].mean()
+    assert run("predict", "--ckpt_path=last") == 0
+    assert np.array_equal(np.load("predictions.npy"), np.load("predictions-1.npy"))
+    nats = np.load("predictions.npy")["nats"].mean()
     saved = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
     kept = next(v for k, v in saved["callbacks"].items() if "BestAndLast" in k)
     assert kept["best_step"] == 4 and nats == pytest.approx(kept["best_val_loss"], abs=1e-5)
@@ -145,21 +133,6 @@ def test_validate_accepts_another_text_in_the_same_vocabulary(trained, monkeypat
     assert run("validate", "--data.corpus=odd.txt", "--data.unknown=drop") == 0
 
 
-def test_help_names_every_flag_that_people_type(capsys):
-    assert run("fit", "--help") == 0
-    text = capsys.readouterr().out
-    data = ["corpus", "tokenizer", "block_size", "batch_size", "sampling", "split"]
-    model = ["n_layer", "n_head", "n_embd", "dropout", "bias", "learning_rate", "weight_decay"]
-    flags = [f"--data.{name}" for name in data] + [f"--model.{name}" for name in model]
-    for flag in [*flags, "--checkpoint.every_n_train_steps", "--sample.prompt", "--ckpt_path"]:
-        assert flag in text, flag
-    assert "attention heads in each block" in " ".join(
-        text.split()
-    )  # fields are described, though written once
-    assert run("--help") == 0
-    assert "generate" in capsys.readouterr().out
-
-
 def test_saved_config_reproduces_the_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(trained / "text.txt", tmp_path / "text.txt")
@@ -172,41 +145,14 @@ def test_saved_config_reproduces_the_run(trained, tmp_path, monkeypatch):
         assert torch.equal(tensor, two["state_dict"][name])
 
 
-SHAPE = ("--data.block_size=8", "--data.batch_size=4", "--model.n_layer=1", "--model.n_embd=16")
-
-
-@pytest.mark.parametrize(
-    "chars, flags, steps",
-    [
-        (500, [], 40),  # 450 to train on, 32 a step: 42 steps in three epochs
-        (800, [], 64),  # 67
-        (800, ["--trainer.accumulate_grad_batches=2"], 40),
-        (800, ["--data.batch_size=2"], 132),  # 135
-        (800, ["--trainer.max_steps=7"], 7),
-        (800, ["--trainer.max_epochs=1"], 22),
-        (800, ["--data.overfit_batches=1"], 1000),
-        (400_000, [], 1000),
-    ],
-)
-def test_default_length_is_three_epochs_of_a_short_text(chars, flags, steps, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text(("to be or not to be\n" * (chars // 19 + 1))[:chars])
-    ends = []
-
-    def stop_at_once(self, trainer, module, batch, batch_idx):
-        ends.append(int(module.decay_steps))
-        trainer.should_stop = True
-
-    monkeypatch.setattr(RunProgressBar, "on_train_batch_start", stop_at_once)
-    quick = ["--trainer.accelerator=cpu", "--sample.every_n_steps=0", "--trainer.precision=32-true"]
-    run("fit", "--data.corpus=a.txt", *SHAPE, *quick, *flags)
-    assert set(ends) == {steps}
+SMALL = ("--data.corpus=a.txt", "--data.block_size=8", "--data.batch_size=4",
+         "--model.n_layer=1", "--model.n_embd=16", "--trainer.accelerator=cpu")  # fmt: skip
 
 
 def test_a_short_run_is_validated_four_times_and_sampled_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("to be or not to be\n" * 42)
-    assert run("fit", "--data.corpus=a.txt", *SHAPE, "--trainer.accelerator=cpu") == 0
+    assert run("fit", *SMALL) == 0
     out = capsys.readouterr().out
     assert "batch 4 x 8, 64 steps" in out
     assert re.findall(r"^step (\d+)  train", out, re.M) == ["16", "32", "48", "64"]
@@ -217,9 +163,8 @@ def test_a_short_run_is_validated_four_times_and_sampled_twice(tmp_path, monkeyp
 def test_the_last_step_of_a_run_measured_in_epochs_is_validated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("to be or not to be\n" * 42)  # 22 steps in an epoch
-    quick = ["--trainer.accelerator=cpu", "--sample.every_n_steps=0"]
-    flags = [*SHAPE, *quick, "--trainer.val_check_interval=30"]
-    assert run("fit", "--data.corpus=a.txt", *flags, "--trainer.max_epochs=2") == 0
+    flags = ["--sample.every_n_steps=0", "--trainer.val_check_interval=30"]
+    assert run("fit", *SMALL, *flags, "--trainer.max_epochs=2") == 0
     assert run("fit", "--ckpt_path=last", "--trainer.max_epochs=3") == 0
     out = capsys.readouterr().out
     assert re.findall(r"^step (\d+)  train", out, re.M) == ["30", "44", "60", "66"]

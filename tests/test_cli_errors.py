@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import TINY
 
-from gpt_lightning.checkpoint import KEY, read_checkpoint
 from gpt_lightning.cli import main
 
 FIT = ("fit", *TINY)
@@ -34,22 +33,14 @@ def refused(here, capsys):
         with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as end:
             main(list(argv))
         printed = capsys.readouterr()
-        check(end.value.code, printed.out, printed.err, parts)
+        assert end.value.code == 2 and printed.out == ""
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        assert len(printed.err) < 800 and all(part in printed.err for part in parts), printed.err
         # each would be one more line on stderr
         assert all(issubclass(warning.category, DeprecationWarning) for warning in warned)
         assert contents(here) == before
 
     return run
-
-
-def check(code, out, err, parts):
-    assert code == 2
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1 and err.endswith("\n")
-    assert len(err) < 800
-    for part in parts:
-        assert str(part) in err
-    assert out == ""
 
 
 def contents(folder: Path) -> dict:
@@ -64,81 +55,50 @@ def contents(folder: Path) -> dict:
 @pytest.mark.parametrize(
     "data, parts",
     [
-        ("", ["given.txt", "empty"]),
-        ("abc", ["3 tokens", "more text"]),
-        ("abcdefghijklmnopqrst", ["20 tokens", "--data.block_size=8"]),
-        (b"abc" * 100 + b"\xff\xfe", ["given.txt is not UTF-8", "byte offset 300"]),
+        (b"", ["given.txt", "empty"]),
+        (b"abc", ["3 tokens", "more text"]),
+        (b"abcdefghijklmnopqrst", ["20 tokens", "--data.block_size=8"]),
+        (b"abc" * 100 + b"\xff\xfe", ["given.txt is not UTF-8"]),
+        (None, ["--data.corpus=given.txt is not found"]),
     ],
-    ids=["empty", "below a window", "validation below a window", "not UTF-8"],
 )
 def test_a_text_that_cannot_be_trained_on(here, refused, data, parts):
-    Path("given.txt").write_bytes(data if isinstance(data, bytes) else data.encode())
+    if data is not None:
+        Path("given.txt").write_bytes(data)
     refused([*FIT, "--data.corpus=given.txt"], *parts)
-
-
-def test_a_text_that_does_not_exist(refused):
-    refused([*FIT, "--data.corpus=nope.txt"], "--data.corpus=nope.txt is not found")
 
 
 @pytest.mark.parametrize(
     "flag, parts",
     [
-        ("--data.block_size=0", ["must be"]),
-        ("--data.block_size=100000", ["is too large", "tokens"]),
-        ("--data.batch_size=100000", ["is too large", "tokens"]),
-        ("--data.val_fraction=0", []),
+        ("--data.block_size=100000", ["--data.block_size=100000", "is too large", "tokens"]),
+        ("--data.val_fraction=0", ["--data.val_fraction=0"]),
         ("--data.tokenizer=chars", ["'char'", "'byte'"]),
-        ("--model.n_layer=-1", ["must be at least"]),
-        ("--model.n_embd=15", ["n_head=2"]),
-        ("--model.dropout=1.5", []),
-        ("--model.learning_rate=-1", ["at least 0"]),
-        ("--model.beta1=1", []),
-        ("--model.residual=false", ["is not a setting of the gpt model"]),
-        ("--model.confidence_penalty=-1", ["must be 0 or more"]),
-        ("--model.multi_token_heads=-1", []),
-        ("--sample.top_k=0", ["must be at least 1"]),
-        ("--sample.temperature=-1", ["must be 0 or"]),
-        ("--sample.every_n_steps=-1", ["must be 0 or more"]),
-        ("--checkpoint.every_n_train_steps=-1", ["must be 0 or more"]),
-        ("--seed_everything=-1", ["must be 0 or more"]),
-        ("--trainer.precision=foo", ["'bf16-mixed'"]),
-        ("--trainer.accelerator=foo", ["invalid accelerator"]),
-        ("--trainer.strategy=foo", ["invalid strategy"]),
-        ("--trainer.devices=0", []),
-        ("--trainer.max_steps=0", ["must be above 0"]),
+        ("--data.vocabulary=abc", ["the character 'T' (U+0054", "vocabulary of 3"]),
+        ("--model.n_layer=-1", ["--model.n_layer=-1 must be at least"]),
+        ("--model.n_embd=15", ["--model.n_embd=15", "--model.n_head=2"]),
+        ("--model.residual=false", ["--model.residual=false is not a setting of the gpt model"]),
+        ("--sample.top_k=0", ["--sample.top_k=0 must be at least 1"]),
+        ("--sample.prompt=é", ["--sample.prompt: the character 'é' (U+00E9"]),
+        ("--checkpoint.every_n_train_steps=-1", ["every_n_train_steps=-1 must be 0 or more"]),
+        ("--trainer.precision=foo", ["trainer.precision", "'bf16-mixed'"]),
+        ("--trainer.accelerator=foo", ["--trainer.accelerator=foo", "invalid accelerator"]),
+        ("--trainer.max_steps=0", ["--trainer.max_steps=0 must be above 0"]),
         ("--trainer.strategy=ddp_spawn", ["use --trainer.strategy=ddp"]),
         ("--trainer.max_time=soon", ["DD:HH:MM:SS"]),
-        ("--trainer.val_check_interval=0", ["must be above 0"]),
-        ("--trainer.log_every_n_steps=0", ["must be above 0"]),
         ("--trainer.limit_val_batches=-1", ["[0.0, 1.0] or an int"]),
-        ("--trainer.gradient_clip_algorithm=foo", ["norm"]),
-        ("--trainer.overfit_batches=7", ["--data.overfit_batches=7"]),
-        ("--trainer.fast_dev_run=-1", [">= 0"]),
+        ("--trainer.overfit_batches=7", ["use --data.overfit_batches=7"]),
+        ("--data.blok_size=4", ["--data.blok_size; did you mean --data.block_size?"]),
+        ("--config=nope.yaml", ["--config=nope.yaml"]),
+        ("--config=lecture/8_residual", ["did you mean lecture/08_residual?"]),
+        ("--config=mine.yaml", ["n_layr"]),
+        ("--trainer.default_root_dir=text.txt/sub", ["text.txt/sub", "cannot be made"]),
+        ("extra", ["extra"]),
     ],
 )
 def test_an_impossible_value(refused, flag, parts):
-    given, _, value = flag.partition("=")
-    value = {"false": "", "-1": "-1"}.get(value, value)
-    refused([*FIT, flag], given.removeprefix("--"), value, *parts)
-
-
-def test_muon_without_matrices_for_it(refused):
-    flags = ["--data.corpus=text.txt", "--data.block_size=8", "--model.name=bigram"]
-    refused(["fit", *flags], "--model.optimizer=muon", "optimizer=adamw")
-
-
-def test_a_validation_interval_longer_than_an_epoch(refused):
-    flags = ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=250"]
-    refused([*FIT, *flags], "--trainer.val_check_interval=250 is more than the", "up to 1.0")
-
-
-def test_a_text_with_characters_that_a_given_vocabulary_lacks(refused):
-    parts = ["the character 'T' (U+0054", "position 0", "vocabulary of 3"]
-    refused([*FIT, "--data.vocabulary=abc"], *parts)
-
-
-def test_a_sample_prompt_with_an_unknown_character(refused):
-    refused([*FIT, "--sample.prompt=é"], "--sample.prompt: the character 'é' (U+00E9")
+    Path("mine.yaml").write_text("model:\n  n_layr: 3\n")
+    refused([*FIT, flag], *parts)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -147,36 +107,20 @@ def test_a_gpu_that_does_not_exist(refused):
     refused(["generate", "--device=cuda"], "--device=cuda", "--device=cpu")
 
 
-def test_the_nearest_flag_or_command_is_suggested(refused):
-    refused([*FIT, "--data.blok_size=4"], "--data.blok_size; did you mean --data.block_size?")
-    refused(["generate", "--temprature=1"], "did you mean --temperature?")
+def test_the_nearest_command_is_suggested(refused):
     refused(["fitt"], "unknown command 'fitt'; did you mean fit?", "validate, test, predict")
     refused(["xyz"], "unknown command 'xyz' (choose from fit, validate,")
-
-
-def test_a_stray_word(refused):
-    refused([*FIT, "extra"], "extra")
-    refused(["generate", "extra"], "extra")
-
-
-def test_a_config_that_does_not_exist_or_is_wrong(here, refused):
-    refused([*FIT, "--config=nope.yaml"], "--config=nope.yaml")
-    refused([*FIT, "--config=lecture/8_residual"], "did you mean lecture/08_residual?")
-    Path("mine.yaml").write_text("model:\n  n_layr: 3\n")
-    refused([*FIT, "--config=mine.yaml"], "n_layr")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
 @READERS
-def test_a_file_that_is_not_a_checkpoint(here, refused, command):
-    raw = Path(LAST).read_bytes()
-    Path("torn.ckpt").write_bytes(raw[: len(raw) // 2])
+def test_a_file_that_is_not_a_checkpoint(refused, command):
+    Path("torn.ckpt").write_bytes(Path(LAST).read_bytes()[:-100])
     torch.save({"epoch": 1, "state_dict": {"weight": torch.zeros(2)}}, "foreign.ckpt")
-    for name in ("torn.ckpt", "foreign.ckpt", "text.txt", "nope.ckpt"):
+    for name in ("torn.ckpt", "foreign.ckpt", "nope.ckpt", ""):
         refused([*command, f"--ckpt_path={name}"], f"--ckpt_path={name}")
-    refused([*command, "--ckpt_path="], "--ckpt_path=")
 
 
 @READERS
@@ -190,16 +134,10 @@ def test_the_last_run_when_there_is_none(tmp_path, refused, monkeypatch, command
 
 @pytest.mark.parametrize("command", [RESUME, VALIDATE], ids=lambda c: c[0])
 @pytest.mark.parametrize(
-    "flag, part",
-    [
-        ("--model.n_embd=32", "n_embd=16"),
-        ("--model.n_layer=2", "n_layer=1"),
-        ("--data.block_size=16", "block_size=8"),
-    ],
+    "flag, part", [("--model.n_embd=32", "n_embd=16"), ("--data.block_size=16", "block_size=8")]
 )
 def test_another_architecture_than_the_checkpoints(refused, command, flag, part):
-    name = flag.split(".")[-1]
-    refused([*command, "--ckpt_path=last", flag], f"{name} does not fit", "last.ckpt", part)
+    refused([*command, "--ckpt_path=last", flag], f"{flag} does not fit", "last.ckpt", part)
 
 
 def test_resuming_with_another_optimizer_text_split_or_vocabulary(here, refused):
@@ -208,19 +146,12 @@ def test_resuming_with_another_optimizer_text_split_or_vocabulary(here, refused)
     Path("other.txt").write_text("To be or not to be\n" * 100)
     refused([*resume, "--data.corpus=other.txt"], "other.txt is not the text", "text.txt")
     refused([*resume, "--data.split=blocks"], "split=blocks", "held out with")
-    refused([*resume, "--data.tokenizer=byte"], "vocabulary", "256 tokens")
+    refused([*resume, "--data.tokenizer=byte"], "has another vocabulary")
     with Path("text.txt").open("a") as file:
         file.write("more\n")
     refused(resume, "text.txt is not the text", "has changed")
     Path("text.txt").unlink()
     refused(resume, "--data.corpus=text.txt is not found")
-
-
-def test_weights_that_do_not_fit_the_checkpoints_own_model(here, refused):
-    checkpoint = read_checkpoint(LAST)
-    checkpoint[KEY]["model"]["n_embd"] = 32
-    torch.save(checkpoint, "mixed.ckpt")
-    refused(["generate", "--ckpt_path=mixed.ckpt"], "--ckpt_path=mixed.ckpt", "weights")
 
 
 def test_a_finished_run_names_the_flag_to_train_further(refused):
@@ -235,46 +166,37 @@ def test_a_run_without_a_step(here, capsys):
     assert "no step was taken" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [FIT, ("predict", f"--ckpt_path={LAST}")], ids=["fit", "pred"])
-def test_a_folder_that_cannot_be_made(refused, command):
-    refused([*command, "--trainer.default_root_dir=text.txt/sub"], "text.txt/sub", "cannot be made")
-
-
 # --- generate -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flag, parts",
     [
-        ("--prompt=é", ["--prompt: the character 'é' (U+00E9", "position 0"]),
+        ("--prompt=é", ["--prompt: the character 'é' (U+00E9"]),
         ("--stop=é", ["--stop: the character 'é'"]),
-        ("--stop=", ["--stop"]),
         ("--temperature=-1", ["must be 0 or"]),
-        ("--temperature=nan", ["must be 0 or"]),
         ("--top_k=four", ["invalid int value: 'four'"]),
         ("--top_p=1.1", ["above 0 and at most 1"]),
         ("--max_new_tokens=0", ["must be at least 1"]),
-        ("--num_samples=0", ["must be at least 1"]),
-        ("--seed=99999999999999999999", ["64 bits"]),
         ("--unknown=foo", ["'error', 'drop', 'replace'"]),
         ("--device=foo", ["--device=cpu"]),
         ("--precision=fp8", ["auto, fp32, bf16, int8"]),
-        ("--prompt_file=nope.txt", ["nope.txt: No such file"]),
-        ("--prompt_file=lightning_logs", ["lightning_logs: Is a directory"]),
-        ("--temp=1", ["--temp=1"]),  # no abbreviations
+        ("--prompt_file=nope.txt", ["nope.txt cannot be read", "No such file"]),
+        ("--prompt_file=bad.txt", ["bad.txt cannot be read", "position 5"]),
+        ("--prompt_file=odd.txt", ["--prompt_file=odd.txt: the character 'z'"]),
+        ("--temprature=1", ["--temprature=1; did you mean --temperature?"]),
+        ("extra", ["extra"]),
     ],
 )
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 def test_generate_refuses(refused, flag, parts, stream):
+    Path("bad.txt").write_bytes(b"To be\xff")
+    Path("odd.txt").write_text("zé")
     refused(["generate", flag, stream], flag.partition("=")[0], *parts)
 
 
-def test_prompts_that_cannot_be_read(here, refused):
-    refused(["generate", "--prompt=To", "--prompt_file=text.txt"], "--prompt and --prompt_file")
-    Path("bad.txt").write_bytes(b"To be\xff")
-    refused(["generate", "--prompt_file=bad.txt"], "--prompt_file=bad.txt", "byte 5")
-    Path("odd.txt").write_text("zé")
-    refused(["generate", "--prompt_file=odd.txt"], "--prompt_file=odd.txt: the character 'z'")
+def test_two_prompts(refused):
+    refused(["generate", "--prompt=To", "--prompt_file=text.txt"], "--prompt_file: not allowed")
 
 
 # --- what is not the user's mistake ---------------------------------------------------------------
@@ -292,9 +214,10 @@ def test_an_error_of_a_users_callback_keeps_its_traceback(here, monkeypatch, cap
     for command in (FIT, [*RESUME, "--ckpt_path=last"]):
         with pytest.raises(ValueError, match="my own mistake"):
             main([*command, *flags])
-    assert "Step 4 is saved; resume with: python -m" in capsys.readouterr().out
+    assert "Step 4 is saved.\nResume with: python -m" in capsys.readouterr().out
 
 
 def test_the_command_itself_ends_in_one_line(cli, trained):
     ended = cli(*FIT, "--trainer.max_step=4", cwd=trained)
-    check(ended.returncode, ended.stdout, ended.stderr, ["did you mean --trainer.max_steps?"])
+    message = "error: unknown flag --trainer.max_step; did you mean --trainer.max_steps?\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)

@@ -9,8 +9,6 @@ import yaml
 from gpt_lightning.config_files import CONFIGS, expand_configs, find_config, load_config
 from gpt_lightning.errors import UserError
 
-LECTURE = sorted((CONFIGS / "lecture").glob("*.yaml"))
-
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -24,20 +22,17 @@ def write(path: str, **settings) -> Path:
     return Path(path)
 
 
-# --- finding --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["lecture/08_residual", "lecture/08_residual.yaml", "laptop"])
-def test_a_shipped_config_is_found_by_name_from_any_folder(name):
-    assert find_config(name) == (CONFIGS / name).with_suffix(".yaml")
+def test_a_shipped_config_is_found_by_name_from_any_folder():
+    assert find_config("laptop") == CONFIGS / "laptop.yaml"
+    for name in ("lecture/08_residual", "lecture/08_residual.yaml"):
+        assert find_config(name) == CONFIGS / "lecture/08_residual.yaml"
 
 
 def test_a_file_is_found_by_its_path_and_wins_over_a_shipped_name(folder, monkeypatch):
     write("laptop.yaml")
-    assert find_config("laptop.yaml") == Path("laptop.yaml")
-    assert find_config(str(folder / "laptop.yaml")) == folder / "laptop.yaml"
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("USERPROFILE", str(folder))
+    assert find_config("laptop.yaml") == Path("laptop.yaml")
     assert find_config("~/laptop.yaml") == folder / "laptop.yaml"
 
 
@@ -50,9 +45,6 @@ def test_an_unknown_name_is_an_error_that_suggests_the_nearest(name, end):
         find_config(name)
 
 
-# --- bases ----------------------------------------------------------------------------------------
-
-
 def test_a_config_overrides_its_base_setting_by_setting():
     write("a.yaml", model={"n_layer": 1, "n_head": 1}, trainer={"precision": "32-true"})
     write("b.yaml", base="a.yaml", model={"n_layer": 2})
@@ -61,42 +53,32 @@ def test_a_config_overrides_its_base_setting_by_setting():
     assert load_config(c) == expected
 
 
-def test_a_base_is_relative_to_its_config_or_a_shipped_name(folder):
+def test_a_base_is_relative_to_its_config_or_a_shipped_name():
     write("far/shared/a.yaml", model={"n_layer": 7})
     b = write("far/mine/b.yaml", base="../shared/a.yaml")
-    assert load_config(b) == load_config(folder / b) == {"model": {"n_layer": 7}}
+    assert load_config(b) == {"model": {"n_layer": 7}}
     mine = load_config(write("c.yaml", base="cpu/minutes_5", model={"n_layer": 7}))
     shipped = load_config(find_config("cpu/minutes_5"))
     assert mine == {**shipped, "model": {**shipped["model"], "n_layer": 7}}
 
 
-@pytest.mark.parametrize("base", ["absent.yaml", ".", 7])
-def test_a_missing_base_is_an_error_that_names_both_files(base):
-    with pytest.raises(UserError, match=f"^config=b.yaml: base: {base}: no such file"):
-        load_config(write("b.yaml", base=base))
+def test_a_missing_base_is_an_error_that_names_both_files():
+    with pytest.raises(UserError, match="^config=b.yaml: base: 7: no such file"):
+        load_config(write("b.yaml", base=7))
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_a_base_that_leads_back_to_itself_is_an_error(length):
-    for n in range(length):
-        write(f"{n}.yaml", base=f"../{Path.cwd().name}/{(n + 1) % length}.yaml")
-    with pytest.raises(UserError, match="config=0.yaml: base: .* leads back to itself"):
-        load_config(Path("0.yaml"))
+def test_a_base_that_leads_back_to_itself_is_an_error():
+    a = write("a.yaml", base="b.yaml")
+    write("b.yaml", base="a.yaml")
+    with pytest.raises(UserError, match="config=a.yaml: base: .* leads back to itself"):
+        load_config(a)
 
 
 @pytest.mark.parametrize("content", [b"base: [plain.yaml", b"base: \xff\xfe", b"- base"])
-def test_a_file_that_is_no_mapping_is_an_error_in_one_line(content):
+def test_a_file_that_is_no_mapping_is_an_error(content):
     Path("broken.yaml").write_bytes(content)
-    with pytest.raises(UserError, match="config=broken.yaml [^\n]*$"):
+    with pytest.raises(UserError, match="^config=broken.yaml "):
         load_config(Path("broken.yaml"))
-
-
-def test_an_empty_file_changes_nothing():
-    Path("empty.yaml").write_text("# nothing\n")
-    assert load_config(Path("empty.yaml")) == {}
-
-
-# --- on the command line --------------------------------------------------------------------------
 
 
 def test_every_spelling_of_the_flag_is_expanded_in_order():
@@ -110,15 +92,9 @@ def test_every_spelling_of_the_flag_is_expanded_in_order():
     assert settings == [b, a, b, load_config(CONFIGS / "laptop.yaml")]
 
 
-# --- the lecture's chain --------------------------------------------------------------------------
-
-
-def test_every_rung_is_based_on_the_one_before_it():
-    bases = [yaml.safe_load(path.read_text(encoding="utf-8")).get("base") for path in LECTURE]
-    assert len(LECTURE) == 13 and bases == [None, *(path.name for path in LECTURE[:-1])]
-
-
-@pytest.mark.parametrize("path", LECTURE, ids=lambda path: path.stem)
-def test_a_rung_begins_with_its_title_and_its_reason(path):
-    title, colon, reason = path.read_text(encoding="utf-8").partition("\n")[0].partition(": ")
-    assert title.startswith("# ") and title[2].isupper() and colon and reason.endswith(".")
+def test_every_rung_begins_with_its_title_and_is_based_on_the_one_before_it():
+    rungs = sorted((CONFIGS / "lecture").glob("*.yaml"))
+    texts = [path.read_text(encoding="utf-8") for path in rungs]
+    bases = [yaml.safe_load(text).get("base") for text in texts]
+    assert len(rungs) == 13 and bases == [None, *(path.name for path in rungs[:-1])]
+    assert all(re.match("# [A-Z].*: .*\\.\n", text) for text in texts)

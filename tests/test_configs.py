@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
@@ -36,11 +35,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_there_are_configs():
-    assert {p.stem for p in WHOLE} >= {"laptop", "nanogpt_cpu", "01_bigram", "13_scaled_up_gpu"}
-    assert {p.stem for p in OVERLAYS} == {"overfit", "few_steps"}
-
-
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
 def test_config_holds_only_what_differs_from_base_and_defaults(path):
     own = read_mapping(path)
@@ -71,27 +65,6 @@ def test_config_trains_validates_and_generates(path, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "step 2  " in out and "final val loss" in out and "- step 2 -" in out
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
-
-
-def test_flags_override_a_config_and_a_config_its_base():
-    Path("base.yaml").write_text("model: {n_layer: 1, n_head: 1, n_embd: 8, dropout: 0.1}\n")
-    Path("mine.yaml").write_text("base: base.yaml\nmodel: {n_embd: 16, learning_rate: 1e-3}\n")
-    assert fit("--config=mine.yaml", "--model.dropout=0.2", "--data.block_size=8", *QUICK) == 0
-    kept = read_mapping(Path("lightning_logs/version_0/config.yaml"))["model"]
-    expected = {"n_layer": 1, "n_embd": 16, "learning_rate": 0.001, "dropout": 0.2}
-    assert {key: kept[key] for key in expected} == expected
-
-
-def test_an_unknown_config_or_key_ends_in_one_line(capsys):
-    Path("mine.yaml").write_text("model: {n_heads: 1}\n")
-    for flag, words in (
-        ("--config=lecture/08_residuals", "did you mean lecture/08_residual?"),
-        ("--config=mine.yaml", "n_heads"),
-    ):
-        assert fit(flag) == 2
-        found = capsys.readouterr()
-        assert found.err.count("\n") == 1 and found.err.startswith("error: ") and words in found.err
-        assert found.out == "" and not Path("lightning_logs").exists()
 
 
 def test_overlays_compose_with_a_config(capsys):

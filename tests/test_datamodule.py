@@ -1,8 +1,6 @@
 """TextDataModule: what a batch is, position, ranks, exact validation, sizes that do not fit."""
 
 import math
-import sys
-import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,15 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from gpt_lightning.data import datamodule, tokens
-from gpt_lightning.data.datamodule import (
-    BATCHES_AT_ONCE,
-    TextDataModule,
-    TrainLoader,
-    gather,
-)
-from gpt_lightning.data.playwright import write_play
-from gpt_lightning.data.tokenizers import CharTokenizer
+from gpt_lightning.data.datamodule import BATCHES_AT_ONCE, TextDataModule
+from gpt_lightning.data.playwright import write_lines
 from gpt_lightning.errors import UserError
 
 TEXT = "".join(np.random.default_rng(0).choice(list("abcdefghij klmnop\n"), 1000))
@@ -77,13 +68,6 @@ def same(batches, others):
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def error_of(make, text=TEXT, **settings) -> UserError:
-    with pytest.raises(UserError) as error:
-        make(text, **settings)
-    assert "\n" not in str(error.value)
-    return error.value
-
-
 # --- what a batch is ------------------------------------------------------------------------------
 
 
@@ -123,19 +107,18 @@ def test_predicted_characters_and_tokens_are_counted(make, tokenizer, split, fra
     assert data.val_characters == sum(map(len, predicted))
 
 
-@pytest.mark.parametrize("split", ["tail", "blocks"])
-@pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_the_floor_is_the_mean_cost_of_the_held_out_characters(make, split, tokenizer):
-    data = make(corpus="playwright:7:30000", split=split, tokenizer=tokenizer)
-    _, ends, nats = write_play(7, 30_000)
-    costs = []  # of each character: an equal share of the cost of its line
-    for end, cost in zip(ends.tolist(), nats.tolist(), strict=True):
-        costs += [cost / (end - len(costs))] * (end - len(costs))
-    assert len(costs) == len(data.tokens)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(split="blocks", tokenizer="byte"), dict(max_val_tokens=1000)]
+)
+def test_the_floor_is_the_mean_cost_of_the_validated_characters(make, settings):
+    data = make(corpus="playwright:7:30000", **settings)
+    costs, lines = [], write_lines(7)
+    while len(costs) < len(data.tokens):  # each character has an equal share of its line's cost
+        line, nats = next(lines)
+        costs += [nats / len(line)] * len(line)
     predicted = [costs[i] for a, b in data.val_spans for i in range(a + 1, b)]
     assert len(predicted) == data.val_characters
     assert data.val_floor == pytest.approx(sum(predicted) / len(predicted), rel=1e-9)
-    assert len(data.val_spans) > (split == "blocks")
 
 
 def test_a_text_of_unknown_entropy_has_no_floor(make):
@@ -184,7 +167,6 @@ def test_an_epoch_has_whole_steps_and_no_window_twice(make, world, accumulate, l
     data = make(world=world, accumulate=accumulate)
     assert len(data.windows) == 111  # of 899 characters that have a next one
     assert len(data.train_dataloader()) == length
-    assert data.batches_per_epoch(world, accumulate) == length
 
 
 def test_overfit_batches_repeats_the_first_batches(make):
@@ -261,14 +243,6 @@ def test_validation_predicts_each_held_out_character_but_the_first_once(
     assert len(predicted) == data.val_tokens
 
 
-def test_validation_is_the_same_at_every_step_and_batch_size(make):
-    batches = list(make().val_dataloader())
-    assert same(list(make(step=9).val_dataloader()), batches)
-    large = list(make(batch_size=50).test_dataloader())
-    flat = [[row.tolist() for x, _ in found for row in x] for found in (batches, large)]
-    assert flat[0] == flat[1]
-
-
 @pytest.mark.parametrize("split", ["tail", "blocks"])
 @pytest.mark.parametrize("most", [9, 201, 10**9])
 def test_max_val_tokens_validates_the_first_held_out_tokens(make, split, most):
@@ -281,16 +255,6 @@ def test_max_val_tokens_validates_the_first_held_out_tokens(make, split, most):
     predicted = [i for x, y in data.val_dataloader() for i in y.flatten().tolist()]
     assert sorted(predicted) == [i for i in first if i not in begins]
     assert len(predicted) == data.val_tokens == data.val_characters
-    for x, _ in data.estimator_batches(data.val_spans, 20, 0, 1):
-        assert set(x.flatten().tolist()) <= set(first)
-
-
-def test_the_floor_is_that_of_the_validated_tokens(make):
-    data = make(corpus="playwright:7:30000", max_val_tokens=1000)
-    start = data.val_spans[0][0]
-    assert data.val_spans == [(start, start + 1000)]
-    assert data.val_floor == data.corpus.floor(start + 1, start + 1000)
-    assert data.val_floor != make(corpus="playwright:7:30000").val_floor
 
 
 @pytest.mark.parametrize(
@@ -307,10 +271,10 @@ def test_the_floor_is_that_of_the_validated_tokens(make):
 def test_the_validation_batch_fits_vocabulary_and_device(
     make, vocab_size, block_size, batch_size, device, expected
 ):
-    data = make(TEXT * 20, stage="validate", block_size=block_size, batch_size=batch_size)
+    data = make(TEXT * 400, stage="validate", block_size=block_size, batch_size=batch_size)
     data.trainer = trainer_at(device=device)
     data.token_file.tokenizer.vocab_size = vocab_size
-    assert data.val_dataloader().batch_size == expected
+    assert max(count for _, count, _ in data.val_dataloader().batches) == expected
 
 
 @pytest.mark.parametrize("text", ["ab", TEXT[:500]])
@@ -323,51 +287,19 @@ def test_validation_works_on_a_text_too_short_for_training(make, text):
         data.train_dataloader()
 
 
-# --- large texts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="files have no holes there")
-def test_a_text_of_five_billion_tokens_is_read_in_place(make, tmp_path, monkeypatch):
-    count = 5 * 10**9
-    path = tmp_path / "tokens.bin"
-    with path.open("wb") as file:  # nearly all of it a hole that takes no disk space
-        file.truncate(count)
-        file.seek(count - 1000)
-        file.write(bytes(i % 251 for i in range(1000)))
-    found = tokens.TokenFile(path, CharTokenizer(distinct(251)), "")
-    monkeypatch.setattr(datamodule, "prepare_tokens", lambda *_: found)
-    tracemalloc.start()
-    data = make(batch_size=64)
-    assert data.train_spans == [(0, 4_500_000_000)]
-    starts, _ = next(TrainLoader(data).places(0, 1))
-    assert starts.max() > 2**32 - 2**29 and len(np.unique(starts)) == 64
-    loader = data.val_dataloader()
-    assert len(loader) == -(-62_499_999 // 256) + 1
-    first, _ = next(loader.places(0, 1))
-    assert first.tolist() == [4_500_000_000 + 8 * i for i in range(256)]
-    assert tracemalloc.get_traced_memory()[1] < 16e6
-    tracemalloc.stop()
-    x, y = gather(data.tokens, np.array([count - 1000, count - 9, 0]), 8)
-    assert x.tolist() == [[*range(8)], [i % 251 for i in range(991, 999)], [0] * 8]
-    assert y[0].tolist() == [*range(1, 9)] and y[1, -1] == 999 % 251
-
-
 # --- the lecture's estimator ----------------------------------------------------------------------
 
 
 def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
     data = make()
     alone = list(data.estimator_batches(data.val_spans, 7, 0, 1))
-    assert len(alone) == 7
     for x, y in alone:
         assert x.shape == y.shape == (4, 8) and torch.equal(x[:, 1:], y[:, :-1])
-        for row in torch.cat([x, y[:, -1:]], dim=1):
-            assert data.tokenizer.decode(row.tolist()) in TEXT[900:]
+        rows = torch.cat([x, y[:, -1:]], dim=1)
+        assert all(data.tokenizer.decode(row) in TEXT[900:] for row in rows)
     assert len({tuple(row.tolist()) for x, _ in alone for row in x}) > 14
     shared = [list(data.estimator_batches(data.val_spans, 7, rank, 3)) for rank in range(3)]
-    assert [len(batches) for batches in shared] == [3, 2, 2]
     assert same([shared[i % 3][i // 3] for i in range(7)], alone)
-    assert same(list(data.estimator_batches(data.val_spans, 7, 0, 1)), alone)  # each time
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -378,7 +310,6 @@ def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
     [
         ("block_size", 0),
         ("batch_size", 0),
-        ("batch_size", 10**16),
         ("overfit_batches", -1),
         ("stride", 0),
         ("max_val_tokens", 8),  # one less than a window and the token after it
@@ -397,22 +328,21 @@ def test_an_invalid_setting_is_refused_at_construction(field, value):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        dict(block_size=900),  # no training window
-        dict(block_size=100),  # no validation window
-        dict(batch_size=112),
-        dict(batch_size=56, world=2),
+        (
+            dict(block_size=900),
+            "^block_size=900 with batch_size=4 is too large for a text of 1,000",
+        ),
+        (dict(block_size=100), "^block_size=100 with batch_size=4 is too large"),  # to validate
+        (dict(batch_size=112), "^block_size=8 with batch_size=112 is too large"),
+        (dict(batch_size=56, world=2), "^block_size=8 with batch_size=56 is too large"),
+        (dict(text="abc"), "more text"),
+        (dict(val_fraction=1.0), "more text"),
     ],
 )
-def test_sizes_too_large_for_the_text_are_refused(make, settings):
+def test_sizes_too_large_for_the_text_are_refused(make, settings, message):
     make(batch_size=111)
     make(batch_size=55, world=2)
-    error = str(error_of(make, **settings))
-    assert error.startswith("block_size=") and "is too large for a text of 1,000 tokens" in error
-    assert f"batch_size={settings.get('batch_size', 4)}" in error
-
-
-@pytest.mark.parametrize("settings", [dict(text="a"), dict(text="abc"), dict(val_fraction=1.0)])
-def test_a_text_without_training_or_validation_part_is_refused(make, settings):
-    assert "more text" in str(error_of(make, **settings))
+    with pytest.raises(UserError, match=message):
+        make(**settings)

@@ -4,6 +4,7 @@ import csv
 import math
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,10 @@ def test_the_table_has_a_row_for_each_rung_with_the_figures_of_its_runs(capsys, 
 
 
 def test_the_loss_of_a_run_is_that_of_validate(capsys):
-    assert climb("--out=out", "--rungs=2_high") == 0
-    loss = losses(table("out")["2_high"])[1]
+    assert climb("--out=out", "--rungs=2_high", "--seeds=1") == 0
+    (loss,) = losses(table("out")["2_high"])
     with pytest.raises(SystemExit):
-        path = "out/2_high/seed_2/checkpoints/last.ckpt"
+        path = "out/2_high/seed_1/checkpoints/last.ckpt"
         main(["validate", f"--ckpt_path={path}", "--trainer.accelerator=cpu"])
     printed = [float(number) for number in re.findall(r"\d+\.\d{4,}", capsys.readouterr().out)]
     assert any(number == pytest.approx(loss, abs=1e-5) for number in printed)
@@ -101,16 +102,11 @@ def test_the_counted_bigram_has_the_loss_of_its_formula():
     data = TextDataModule("playwright:3:9000", block_size=8, batch_size=4)
     data.setup()
     train, val = (
-        [data.tokens[a:b].tolist() for a, b in spans]
+        [pair for a, b in spans for pair in pairwise(data.tokens[a:b].tolist())]
         for spans in (data.train_spans, data.val_spans)
     )
-    pairs = Counter(pair for ids in train for pair in zip(ids, ids[1:], strict=False))
-    firsts = Counter(first for ids in train for first in ids[:-1])
-    costs = [
-        -math.log((pairs[a, b] + 1) / (firsts[a] + data.vocab_size))
-        for ids in val
-        for a, b in zip(ids, ids[1:], strict=False)
-    ]
+    pairs, firsts = Counter(train), Counter(a for a, _ in train)
+    costs = [-math.log((pairs[a, b] + 1) / (firsts[a] + data.vocab_size)) for a, b in val]
     expected = sum(costs) / len(costs)
     assert losses(table("out")["counted"]) == [pytest.approx(expected, abs=2e-5)]
 
@@ -127,26 +123,21 @@ def test_the_same_command_resumes_an_interrupted_climb(monkeypatch, without_gpu)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(GPTModule, "on_train_batch_start", stop)
         main(["climb", *FLAGS, "--out=broken"])
-    assert not Path("broken/ladder.md").exists()
     done = Path("broken/1_low/seed_1/checkpoints/last.ckpt")
     before = done.stat().st_mtime_ns
     assert climb("--out=broken") == 0
     assert done.stat().st_mtime_ns == before  # a complete run is not repeated
     figures = ("val_losses", "parameters", "sample", "estimate_val_mean")
     for name, row in table("whole").items():
-        again = table("broken")[name]
-        assert all(row[key] == again[key] for key in figures)
+        assert all(row[key] == table("broken")[name][key] for key in figures)
 
 
-def test_seeds_can_be_added_and_other_flags_or_configs_are_errors(capsys, rungs):
+def test_seeds_can_be_added_and_other_flags_are_an_error(capsys):
     assert climb("--out=out", "--rungs=1_low") == 0
     assert climb("--out=out", "--rungs=1_low", "--seeds=1,2,3") == 0
     assert len(losses(table("out")["1_low"])) == 3
-    message = "1_low/seed_1 has a run with other flags or configs; give another --out"
     assert climb("--out=out", "--model.learning_rate=0.1") == 2
-    assert message in capsys.readouterr().err
-    (rungs / "1_low.yaml").write_text(LOW.replace("max_steps: 6", "max_steps: 8"))
-    assert climb("--out=out", "--rungs=1_low") == 2
+    message = "1_low/seed_1 has a run with other flags or configs; give another --out"
     assert message in capsys.readouterr().err
 
 
@@ -155,8 +146,6 @@ def test_seeds_can_be_added_and_other_flags_or_configs_are_errors(capsys, rungs)
     [
         (["--configs=nowhere"], "--configs=nowhere: no such folder"),
         (["--rungs=4_none"], "--rungs=4_none must be among 1_low, 2_high, 3_huge_gpu"),
-        (["--seed_everything=3"], "--seed_everything is set by climb; use --seeds"),
-        (["--ckpt_path", "last"], "--ckpt_path is set by climb; use --out"),
         (["--model.n_lyer=3"], "did you mean --model.n_layer?"),
     ],
 )
@@ -165,11 +154,6 @@ def test_a_wrong_flag_is_a_message_of_one_line(flags, message, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(Path(".").glob("out/*/*/checkpoints"))
-
-
-def test_a_gpu_rung_is_trained_without_a_gpu_if_it_is_named(without_gpu):
-    assert climb("--out=out", "--rungs=3_huge_gpu", "--seeds=1") == 0
-    assert table("out")["3_huge_gpu"]["val_loss_mean"]
 
 
 def test_the_shipped_ladder_has_every_rung_of_the_lecture():

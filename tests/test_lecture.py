@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lecture_oracle import (
-    LADDER,
-    copy_named,
-    from_model,
-    from_rung,
-    oracle_of,
-)
+from lecture_oracle import LADDER, copy_named, from_rung, oracle_of
 from torch import nn
 
 from gpt_lightning.config_files import load_config
@@ -29,8 +23,6 @@ SHAPES = [
     dict(vocab_size=65, block_size=16, n_layer=3, n_head=4, n_embd=32),
     dict(vocab_size=2, block_size=5, n_layer=2, n_head=3, n_embd=12, bias=False),
     dict(vocab_size=65, block_size=16, n_layer=2, n_head=8, n_embd=8),  # heads of size 1
-    dict(vocab_size=7, block_size=1, n_layer=2, n_head=2, n_embd=8),
-    dict(vocab_size=7, block_size=4, n_layer=0, n_head=1, n_embd=8),  # the first rungs: no blocks
 ]
 SMALL = dict(vocab_size=11, block_size=6, n_layer=1, n_head=2, n_embd=8)
 CONFIGS_FOLDER = Path(__file__).parent.parent / "configs/lecture"
@@ -90,27 +82,29 @@ def dropping(p):
 # --- equal to the lecture -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", SHAPES, ids=str)
-def test_logits_and_gradients_equal_the_lecture(settings):
-    model = random_model(**settings)
-    oracle = oracle_of(model)
-    V, block_size = settings["vocab_size"], settings["block_size"]
-    for T in {1, (block_size + 1) // 2, block_size}:
+def assert_equal(model, oracle):
+    """Equal logits at several lengths, and equal gradients of the loss."""
+    V, block_size = model.config.vocab_size, model.config.block_size
+    for T in (1, block_size // 2 + 1, block_size):
         ids = some_ids(V, 3, T)
-        logits = model(ids)
+        logits, expected = model(ids), oracle(ids)[0]
         assert logits.shape == (3, T, V)
         assert logits.std() > 0.1  # equality of constants would be trivial
-        torch.testing.assert_close(logits, oracle(ids)[0], rtol=0, atol=1e-5)
-    ids = some_ids(V, 4, block_size)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     targets = ids.roll(-1, dims=1)
-    F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     oracle(ids, targets)[1].backward()
-    ours = from_model({n: p.grad for n, p in model.named_parameters()}, model.config.n_head)
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    ours = from_rung(oracle, grads, getattr(model.config, "n_head", 1))
     for name, parameter in oracle.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-12, msg=name)
+        assert ours[name].abs().max() > 1e-8, name
 
 
-# --- the ladder -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("settings", SHAPES, ids=str)
+def test_logits_and_gradients_equal_the_lecture(settings):
+    model = random_model(**settings).double()
+    assert_equal(model, oracle_of(model).double())
 
 
 def test_configs_and_oracle_have_the_same_rungs():
@@ -124,78 +118,25 @@ def test_logits_and_gradients_of_every_rung_equal_the_lecture(name, fused):
     model, oracle = (net.double() for net in rung(name, fused=fused))
     dropped = {module.p for module in oracle.modules() if isinstance(module, nn.Dropout)}
     assert {getattr(model.config, "dropout", 0.0)} == (dropped or {0.0})
-    V, T = model.config.vocab_size, model.config.block_size
-    for t in (1, T // 2 + 1, T):
-        ids = some_ids(V, 3, t)
-        logits, expected = model(ids), oracle(ids)[0]
-        assert logits.shape == (3, t, V) and logits.std() > 0.1
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
-    targets = ids.roll(-1, dims=1)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    expected_loss = oracle(ids, targets)[1]
-    torch.testing.assert_close(loss, expected_loss)
-    loss.backward()
-    expected_loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    ours = from_rung(oracle, grads, getattr(model.config, "n_head", 1))
-    for n, parameter in oracle.named_parameters():
-        assert ours[n].abs().max() > 1e-7, n
-        torch.testing.assert_close(ours[n], parameter.grad, rtol=0, atol=1e-12, msg=n)
-
-
-@pytest.mark.parametrize(
-    ("before", "name"),
-    # left out: rungs of different shapes, and the one that only adds dropout
-    [pair for pair in zip(RUNGS, RUNGS[1:], strict=False) if pair[1][:2] not in "02 10 12 13"],
-)
-def test_every_rung_changes_the_logits_of_the_previous_one(before, name):
-    """With the weights that both rungs have in common, the logits differ."""
-    model, _ = rung(name, noise=0.3)
-    V, T, C = model.config.vocab_size, model.config.block_size, model.config.n_embd
-    below = LADDER[before](V, T, C).eval()
-    n_head = 1 if before < "05" else model.config.n_head
-    shared = from_rung(below, model.state_dict(), n_head)
-    known = {n: shared[n] for n, _ in below.named_parameters()}
-    copy_named(known, below)
-    ids = some_ids(V, 3, T)
-    assert (model(ids) - below(ids)[0]).abs().max() > 0.05
+    assert_equal(model, oracle)
 
 
 # --- attention ------------------------------------------------------------------------------------
 
 
-def attention_and_input() -> tuple[nn.Module, torch.Tensor]:
-    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(9))
-    return random_model(**SHAPES[1]).eval().blocks[0].sa, x
-
-
 def test_attention_weights_equal_the_softmax_of_the_lecture_heads():
-    attention, x = attention_and_input()
-    found = attention.weights(*attention.heads(x)[:2])
-    assert found.shape == (2, 4, 16, 16)
-    heads = oracle_of(random_model(**SHAPES[1]).eval()).blocks[0].sa.heads
-    for ours, head in zip(found.unbind(1), heads, strict=True):
+    model = random_model(**SHAPES[1]).eval()
+    attention, x = model.blocks[0].sa, torch.randn(2, 16, 32)
+    q, k, _ = attention.heads(x)
+    heads = oracle_of(model).blocks[0].sa.heads
+    for ours, head in zip(attention.weights(q, k).unbind(1), heads, strict=True):
         seen = []
         head.dropout.register_forward_hook(lambda module, args, wei, seen=seen: seen.append(wei))
         head(x)
         torch.testing.assert_close(ours, seen[0], rtol=0, atol=1e-6)
-
-
-def test_attention_weights_sum_to_one_and_are_zero_for_later_positions():
-    attention, x = attention_and_input()
-    q, k, _ = attention.heads(x)
-    wei = attention.weights(q, k)
-    torch.testing.assert_close(wei.sum(-1), torch.ones(2, 4, 16))
-    later = torch.ones(16, 16).triu(1).bool()
-    assert wei[..., later].eq(0).all() and wei[..., ~later].gt(0).all()
-
-
-def test_attention_weights_without_mask_cover_all_positions():
-    attention, x = attention_and_input()
-    q, k, _ = attention.heads(x)
-    wei = attention.weights(q, k, causal=False)
-    assert wei.gt(0).all()
-    torch.testing.assert_close(wei.sum(-1), torch.ones(2, 4, 16))
+    unmasked = attention.weights(q, k, causal=False)
+    assert unmasked.gt(0).all()
+    torch.testing.assert_close(unmasked.sum(-1), torch.ones(2, 4, 16))
 
 
 # --- bigrams by counting --------------------------------------------------------------------------
@@ -227,7 +168,7 @@ def test_bigram_counts_a_large_vocabulary_from_uint8_ids():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_dropout_is_in_the_lecture_s_places(monkeypatch, fused):
-    """With the same elements dropped, training mode gives the oracle's logits and gradients."""
+    """With the same elements dropped, training mode gives the oracle's logits."""
     p = 0.3
     model = random_model(**SHAPES[1], dropout=p, fused=fused).train()
     oracle = oracle_of(model)
@@ -246,35 +187,13 @@ def test_dropout_is_in_the_lecture_s_places(monkeypatch, fused):
     logits, expected = model(ids), oracle(ids)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert (oracle.eval()(ids)[0] - expected).abs().max() > 0.1
-    logits.square().sum().backward()
-    expected.square().sum().backward()
-    ours = from_model({n: q.grad for n, q in model.named_parameters()}, model.config.n_head)
-    for name, parameter in oracle.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_dropout_acts_in_training_only(fused):
-    model = random_model(**SHAPES[1], dropout=0.4, fused=fused)
-    plain = random_model(**SHAPES[1], dropout=0.0, fused=fused)
-    ids = some_ids(65, 2, 16)
-    assert torch.equal(model.eval()(ids), plain.eval()(ids))
-    assert torch.equal(model(ids), model(ids))
-    assert torch.equal(plain.train()(ids), plain(ids))
-    model.train()
-    first, second = model(ids), model(ids)
-    assert not torch.allclose(first, second, atol=1e-2)
-    torch.manual_seed(8)
-    again = model(ids)
-    torch.manual_seed(8)
-    assert torch.equal(model(ids), again)
 
 
 # --- causality ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "settings", [*SHAPES[1:4], {**SHAPES[1], **SWITCHES}, {**SHAPES[1], "fused": False}], ids=str
+    "settings", [SHAPES[1], {**SHAPES[1], **SWITCHES}, {**SHAPES[1], "fused": False}], ids=str
 )
 def test_changing_a_token_changes_no_earlier_logit(settings):
     V, T = settings["vocab_size"], settings["block_size"]
@@ -288,11 +207,6 @@ def test_changing_a_token_changes_no_earlier_logit(settings):
         torch.testing.assert_close(after[0, :at], before[0, :at], rtol=0, atol=1e-6)
         for later in range(at, T):  # and it reaches every later one
             assert not torch.allclose(after[0, later], before[0, later], atol=1e-6)
-
-
-def test_more_tokens_than_block_size_raise():
-    with pytest.raises(AssertionError, match="9 tokens, block_size 8"):
-        random_model(**SHAPES[0])(some_ids(11, 1, 9))
 
 
 # --- initialization -------------------------------------------------------------------------------

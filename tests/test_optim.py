@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import perturbed, seeded
 from torch import nn
 
 from gpt_lightning.errors import UserError
@@ -27,33 +28,13 @@ BF16 = torch.finfo(torch.bfloat16).eps
 
 
 def matrix(rows, columns, seed=0):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def random_model(config, seed=3):
-    torch.manual_seed(seed)
-    model = build_model(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
-    return model
+    return torch.randn(rows, columns, generator=seeded(seed))
 
 
 def random_gradients(model, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
-
-
-def names_of_groups(model, optimizer):
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [
-        (group["weight_decay"], bool(group.get("muon")), [names[id(p)] for p in group["params"]])
-        for group in optimizer.param_groups
-    ]
-
-
-# settings
 
 
 @pytest.mark.parametrize(
@@ -61,7 +42,6 @@ def names_of_groups(model, optimizer):
     [
         ("optimizer", "sgd", "optimizer=sgd must be muon or adamw"),
         ("schedule", "step", "schedule=step must be linear or cosine"),
-        ("learning_rate", -0.1, "learning_rate=-0.1 must be a number of at least 0"),
         ("min_lr", math.nan, "min_lr=nan must be a number of at least 0"),
         ("lr_decay_steps", -1, "lr_decay_steps=-1 must be a number of at least 0"),
         ("beta1", 1.0, "beta1=1.0 must be at least 0 and below 1"),
@@ -77,90 +57,48 @@ def test_muon_for_a_model_without_hidden_matrices_is_a_user_error():
         build_optimizer(build_model(BIGRAM), OptimizerConfig())
 
 
-# parameter groups
-
-LECTURE_TABLES = ["token_embedding_table.weight", "position_embedding_table.weight"]
-LECTURE_HIDDEN = [
-    f"blocks.0.{name}.weight" for name in ("sa.qkv", "sa.proj", "ffwd.net.0", "ffwd.net.2")
-]
-LECTURE_VECTORS = [
-    "blocks.0.ln1.weight", "blocks.0.ln1.bias", "blocks.0.sa.proj.bias", "blocks.0.ln2.weight",
-    "blocks.0.ln2.bias", "blocks.0.ffwd.net.0.bias", "blocks.0.ffwd.net.2.bias", "ln_f.weight",
-    "ln_f.bias", "lm_head.bias",
-]  # fmt: skip
-GPT_OTHERS = [
-    "token_embedding.weight", "pair_embedding.weight", "ngram_embeddings.0.weight",
-    "blocks.0.attn.value_embedding.weight", "blocks.1.attn.value_embedding.weight",
-    "lm_head.weight", "multi_token_heads.0.weight",
-]  # fmt: skip
-GPT_HIDDEN = [
-    f"blocks.{layer}.{name}.weight"
-    for layer in range(2)
-    for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
-]
-
-
 @pytest.mark.parametrize(
-    ("config", "settings", "expected"),
+    ("config", "settings", "decay", "hidden_decay", "muon"),
     [
-        (
-            LECTURE,
-            dict(optimizer="adamw"),
-            [
-                (0.1, False, [*LECTURE_TABLES, *LECTURE_HIDDEN, "lm_head.weight"]),
-                (0.0, False, LECTURE_VECTORS),
-            ],
-        ),
-        (
-            LECTURE,
-            dict(weight_decay=0.2, embedding_weight_decay=0.3),
-            [
-                (0.3, False, [*LECTURE_TABLES, "lm_head.weight"]),
-                (0.0, False, LECTURE_VECTORS),
-                (0.2, True, LECTURE_HIDDEN),
-            ],
-        ),
-        (GPT, dict(), [(0.1, False, GPT_OTHERS), (0.0, True, GPT_HIDDEN)]),
+        (LECTURE, dict(optimizer="adamw"), 0.1, 0.1, False),
+        (LECTURE, dict(weight_decay=0.2, embedding_weight_decay=0.3), 0.3, 0.2, True),
+        (GPT, dict(), 0.1, 0.0, True),
     ],
 )
-def test_parameters_are_grouped_by_optimizer_and_weight_decay(config, settings, expected):
+def test_parameters_are_grouped_by_optimizer_and_weight_decay(
+    config, settings, decay, hidden_decay, muon
+):
     model = build_model(config)
+    model.lm_head.weight.requires_grad_(False)
     optimizer = build_optimizer(model, OptimizerConfig(beta1=0.8, beta2=0.95, **settings))
-    assert names_of_groups(model, optimizer) == expected
+    expected = {}
+    for name, p in model.named_parameters():
+        if name == "lm_head.weight":
+            continue  # frozen
+        if name.startswith("blocks.") and p.ndim == 2 and "embedding" not in name:
+            expected[p] = hidden_decay, muon
+        else:
+            expected[p] = decay if p.ndim == 2 else 0.0, False
+    found = {}
     for group in optimizer.param_groups:
-        assert group["lr"] == (0.02 if group.get("muon") else 8e-3)
-        assert group["betas"] == (0.8, 0.95)
-
-
-def test_frozen_parameters_are_left_out():
-    model = build_model(GPT)
-    frozen = [model.lm_head.weight, model.blocks[0].attn.proj.weight]
-    for weight in frozen:
-        weight.requires_grad_(False)
-    groups = build_optimizer(model, OptimizerConfig()).param_groups
-    trained = {id(p) for group in groups for p in group["params"]}
-    assert trained == {id(p) for p in model.parameters()} - {id(p) for p in frozen}
-
-
-# AdamW
+        muon = bool(group.get("muon"))
+        assert group["lr"] == (0.02 if muon else 8e-3) and group["betas"] == (0.8, 0.95)
+        found |= {p: (group["weight_decay"], muon) for p in group["params"]}
+    assert found == expected
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("config", [GPT, LECTURE])
 def test_all_other_parameters_take_the_steps_of_torch_adamw(config, fused):
-    model = random_model(config)
+    model = perturbed(build_model(config))
     settings = OptimizerConfig(weight_decay=0.1, embedding_weight_decay=0.3)
     optimizer = build_optimizer(model, settings, fused)
     groups = [group for group in optimizer.param_groups if not group["muon"]]
     others = [p for group in groups for p in group["params"]]
     twins = [p.detach().clone().requires_grad_() for p in others]
     decays = [0.3 if p.ndim == 2 else 0.0 for p in others]
-    pairs = zip(twins, decays, strict=True)
-    plain = torch.optim.AdamW(
-        [dict(params=[twin], weight_decay=decay) for twin, decay in pairs],
-        lr=0.02,
-        betas=(0.9, 0.99),
-    )
+    pairs = [dict(params=[p], weight_decay=d) for p, d in zip(twins, decays, strict=True)]
+    plain = torch.optim.AdamW(pairs, lr=0.02, betas=(0.9, 0.99))
     for step in range(6):
         random_gradients(model, step)
         for p, twin in zip(others, twins, strict=True):
@@ -170,9 +108,6 @@ def test_all_other_parameters_take_the_steps_of_torch_adamw(config, fused):
         optimizer.step()
         plain.step()
         torch.testing.assert_close(others, twins)
-
-
-# Muon
 
 
 def muon_of(*matrices, lr=0.1, weight_decay=0.0):
@@ -232,11 +167,8 @@ def test_matrices_of_many_sizes_each_get_their_own_update():
         assert relative_error((p - matrix(*p.shape, seed=i)).detach(), moved) < 30 * BF16
 
 
-# both
-
-
 def test_without_gradients_nothing_changes():
-    model = random_model(GPT)
+    model = build_model(GPT)
     optimizer = build_optimizer(model, OptimizerConfig())
     before = copy.deepcopy(model.state_dict())
     optimizer.step()
@@ -250,45 +182,25 @@ def test_without_gradients_nothing_changes():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_saved_optimizer_continues_with_identical_steps(kind):
-    config = OptimizerConfig(kind, weight_decay=0.1)
-    model, again = random_model(GPT), random_model(GPT, seed=4)
-    optimizer = build_optimizer(model, config)
+    model, again = build_model(GPT), build_model(GPT)
+    optimizer = build_optimizer(model, OptimizerConfig(kind, weight_decay=0.1))
     for step in range(3):
         random_gradients(model, step)
         optimizer.step()
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
     file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    again.load_state_dict(saved["model"])
+    weights, state = torch.load(file, weights_only=True)
+    again.load_state_dict(weights)
     resumed = build_optimizer(again, OptimizerConfig(kind, learning_rate=9.0))
-    resumed.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(state)
     for step in range(3, 6):
-        for net, optim_of_net in ((model, optimizer), (again, resumed)):
+        for net, its_optimizer in ((model, optimizer), (again, resumed)):
             random_gradients(net, step)
-            optim_of_net.step()
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
-    )
+            its_optimizer.step()
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
-
-def test_the_closure_runs_once_with_gradients_and_its_loss_is_returned():
-    model = random_model(GPT)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    losses = []
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(torch.tensor([[1, 2, 3, 4]])).square().mean()
-        losses.append(loss)
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure) is losses[0] and len(losses) == 1
-    assert optimizer.step() is None
-
-
-# the learning rate
 
 LINEAR = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1, 0.1]
 COSINE = [

@@ -1,17 +1,20 @@
-"""A wheel, unpacked elsewhere, contains all that a user needs."""
+"""A wheel, unpacked elsewhere, contains all that a user needs, types included."""
 
 import configparser
-import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from gpt_lightning.config_files import CONFIGS
 
-ROOT = Path(__file__).parent.parent
 SMALL = (
     "--data.corpus=playwright:3:9000",
     "--data.batch_size=4",
@@ -21,26 +24,41 @@ SMALL = (
     "--model.eval_iters=2",
     "--sample.every_n_steps=0",
 )
+SCRIPT = """\
+from lightning.pytorch import Trainer
+from gpt_lightning import GPTConfig, GPTModule, OptimizerConfig, Sampling
+from gpt_lightning import TextDataModule, TextGenerator, load_model
+
+data = TextDataModule("playwright", block_size=128, batch_size=16)
+model = GPTModule(GPTConfig(n_layer=4), OptimizerConfig(learning_rate=1e-3))
+Trainer(max_steps=1000).fit(model, data)
+generator = TextGenerator(model.net, data.tokenizer)
+texts: list[str] = generator.generate("HUGO:", max_new_tokens=200, sampling=Sampling(top_k=5))
+for pieces in generator.stream("HUGO:", seed=1):
+    print("".join(pieces))
+parameters = sum(p.numel() for p in load_model("best.ckpt").parameters())
+TextDataModule("playwright", block_size="128")  # mistake: a wrong type
+GPTConfig(n_layers=4)  # mistake: a misspelt argument
+generator.generate("HUGO:", sampling=5)  # mistake: a wrong argument of a method
+"""
 
 
-@pytest.fixture
-def installed(wheel, tmp_path):
-    """Run the command line of the unpacked wheel in an empty folder."""
-
-    def run(*argv: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(wheel), "PYTHONIOENCODING": "utf-8"}
-        done = subprocess.run(
-            [sys.executable, "-m", "gpt_lightning", *argv],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A folder with the contents of a wheel that is built from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves a build folder behind
+    for name in ("gpt_lightning", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command = [*build, "-w", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder / "contents")
+    return folder / "contents"
 
 
 def test_wheel_contains_the_package_and_its_configs_only(wheel):
@@ -52,23 +70,43 @@ def test_wheel_contains_the_package_and_its_configs_only(wheel):
     assert package == expected
 
 
-def test_wheel_fits_generates_and_climbs_in_an_empty_folder(installed, tmp_path):
-    assert "final val loss" in installed("fit", "--config=lecture/08_residual", *SMALL)
-    assert len(installed("generate", "--max_new_tokens=20")) >= 20
-    installed("climb", "--seeds=1", "--rungs=01_bigram,08_residual", *SMALL)
+def test_wheel_fits_generates_and_climbs_in_an_empty_folder(wheel, cli, tmp_path):
+    for argv, output in (
+        (["fit", "--config=lecture/08_residual", *SMALL], "final val loss"),
+        (["generate", "--prompt=HUGO", "--max_new_tokens=20"], "HUGO"),
+        (["climb", "--seeds=1", "--rungs=01_bigram,08_residual", *SMALL], "written to ladder"),
+    ):
+        done = cli(*argv, env={"PYTHONPATH": str(wheel)}, timeout=300)
+        assert done.returncode == 0 and output in done.stdout, done.stderr
     assert "Residual connections" in (tmp_path / "ladder" / "ladder.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_the_mistakes_of_a_script_and_no_others(wheel, tmp_path):
+    environment = tmp_path / "environment"  # the wheel, and the other packages borrowed
+    venv.create(environment, with_pip=False)
+    scheme = sysconfig.get_preferred_scheme("prefix") if sys.version_info < (3, 11) else "venv"
+    paths = sysconfig.get_paths(scheme, {"base": str(environment), "platbase": str(environment)})
+    borrowed = f"{wheel}\n{sysconfig.get_path('purelib')}\n"
+    (Path(paths["purelib"]) / "packages.pth").write_text(borrowed)
+    python = Path(paths["scripts"]) / ("python.exe" if sys.platform == "win32" else "python")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "mypy", f"--python-executable={python}", "script.py"]
+    command += ["--hide-error-context", "--no-pretty", "--disable-error-code=import-untyped"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    errors = re.findall(r"^script.py:(\d+): error: ", found.stdout, re.M)
+    lines = [n for n, line in enumerate(SCRIPT.splitlines(), 1) if "# mistake" in line]
+    assert list(map(int, errors)) == lines, found.stdout + found.stderr
 
 
 def test_every_imported_package_is_a_dependency():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    listed = config["options"]["install_requires"]
-    declared = set(re.findall(r"^([\w-]+)", listed, re.M))
-    # aiohttp comes with fsspec[http]
-    names = {"yaml": "pyyaml", "docstring_parser": "docstring-parser", "aiohttp": "fsspec"}
+    declared = set(re.findall(r"^([\w-]+)", config["options"]["install_requires"], re.M))
+    names = {"yaml": "pyyaml", "docstring_parser": "docstring-parser"}
     optional = {"matplotlib"}  # for the ladder's picture; its absence is reported
+    known = sys.stdlib_module_names | optional | {"gpt_lightning"}
     for path in (ROOT / "gpt_lightning").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M):
-            if name not in sys.stdlib_module_names | optional | {"gpt_lightning"}:
-                assert names.get(name, name) in declared, f"{path.name} imports {name}"
+        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)) - known
+        assert {names.get(name, name) for name in imported} <= declared, path.name

@@ -44,16 +44,6 @@ def test_a_rounded_layer_equals_a_layer_with_weights_on_a_grid(rows, bias):
     assert torch.allclose(rounded(x).double(), expected, atol=0.02, rtol=0.02)
 
 
-def test_each_output_is_rounded_with_its_own_scale():
-    layer = nn.Linear(32, 3, bias=False)
-    with torch.no_grad():
-        layer.weight[0] = torch.linspace(-1e-4, 1e-4, 32)
-        layer.weight[1] = torch.linspace(-100, 100, 32)
-        layer.weight[2] = 0
-    x = torch.eye(32).bfloat16()[-1:]
-    assert torch.allclose(Int8Linear(layer)(x).float(), torch.tensor([1e-4, 100.0, 0.0]), rtol=0.01)
-
-
 @pytest.mark.parametrize("name", ["gpt", "lecture", "bigram"])
 def test_linear_layers_are_rounded_in_a_copy(name):
     original = model(name)
@@ -83,16 +73,11 @@ def test_probabilities_stay_close_token_by_token(name, precision, rows):
     assert 0 < lost < 0.02
 
 
-def test_fp32_returns_the_model_itself():
-    original = model("gpt")
-    assert quantize(original, "fp32") is original
-
-
 def test_auto_does_not_measure_small_models_with_large_embeddings(monkeypatch):
     monkeypatch.setattr(module, "token_seconds", lambda model: pytest.fail("measured"))
     for sizes in ({}, {"n_gram": 12, "vocab_size": 200}):
         original = model("gpt", **sizes)
-        assert quantize(original, "auto") is original
+        assert quantize(original, "auto") is quantize(original, "fp32") is original
     assert sum(p.numel() for p in original.parameters()) > 2 * module.LARGE
 
 
@@ -113,11 +98,5 @@ def test_int8_is_for_a_cpu_only(monkeypatch):
 
 
 def test_an_unknown_precision_raises():
-    with pytest.raises(UserError, match="^precision=fp8 is unknown; choose one of auto, fp32"):
+    with pytest.raises(UserError, match="^precision=fp8 must be one of auto, fp32"):
         quantize(model("gpt"), "fp8")
-
-
-def test_measuring_draws_no_random_numbers():
-    original, before = model("gpt"), torch.get_rng_state()
-    assert module.token_seconds(original) > 0
-    assert torch.equal(before, torch.get_rng_state())

@@ -1,9 +1,15 @@
 """A run that is killed and resumed arrives exactly where the uninterrupted run does."""
 
+import os
 import shutil
+import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from kills import (
+    CHECKPOINTS,
     FIT,
     RESUME,
     Strike,
@@ -13,6 +19,7 @@ from kills import (
     finish,
     result,
     series,
+    start,
 )
 
 pytestmark = pytest.mark.slow  # each starts several real runs
@@ -20,6 +27,7 @@ pytestmark = pytest.mark.slow  # each starts several real runs
 STEPS = 300
 RUN = [*FIT, f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=70"]
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=6"]
+ONE = ["--trainer.devices=1", "--data.batch_size=12"]  # the same windows as DDP
 LECTURE = ["--model.name=lecture", "--model.optimizer=adamw", "--model.learning_rate=3e-3"]
 
 
@@ -31,62 +39,44 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_tensorboard_shows_every_series(uninterrupted):
-    found = series(uninterrupted)
-    every_10 = list(range(10, STEPS + 1, 10))
-    validations = [70, 140, 210, 280, 300]  # the last step too, though 70 does not divide it
-    steps = {tag: [step for step, _ in points] for tag, points in found.items()}
+    steps = {tag: [step for step, _ in points] for tag, points in series(uninterrupted).items()}
     rates = ("optimizer/lr", "optimizer/lr_muon", "optimizer/grad_norm")
     for tag in ("loss/train", *rates, "speed/chars_per_second"):
-        assert steps[tag] == every_10, tag
+        assert steps[tag] == list(range(10, STEPS + 1, 10)), tag
     for tag in ("loss/val", "loss/val_bits", "loss/floor"):
-        assert steps[tag] == validations, tag
-    assert any(at == [100, 200, 300] for at in steps.values())  # the texts
+        assert steps[tag] == [70, 140, 210, 280, 300], tag  # the last step too
+    assert [100, 200, 300] in steps.values()  # the texts
 
 
-def assert_resumed_as(whole, folder, flags, strikes):
-    """Struck so, a run arrives where the one in `whole` did, with no fault on the way."""
-    kills = chain(folder, flags, strikes)
-    assert [kill.faults for kill in kills] == [[]] * len(kills)
+CASES = {
+    "muon": (
+        [],
+        [Strike("SIGINT", saves=4, delay=0.03), Strike("SIGKILL", True, saves=6, delay=0.002),
+         Strike("SIGTERM", saves=4, delay=0.05), Strike("SIGKILL", saves=2, delay=0.01)],
+    ),
+    "bf16 with accumulation": (
+        ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2",
+         "--trainer.max_steps=150", "--trainer.val_check_interval=60"],
+        [Strike("SIGTERM", True, saves=5, delay=0.001), Strike("SIGKILL", saves=4, delay=0.04)],
+    ),
+    "adamw": (
+        [*LECTURE, "--model.warmup_steps=100", "--model.schedule=cosine"],
+        [Strike("SIGKILL", True, saves=15, delay=0.001)],
+    ),
+    "two processes": (
+        [*DDP, "--trainer.max_steps=100"],
+        [Strike("SIGTERM", saves=3, delay=0.03), Strike("SIGKILL", saves=3, delay=0.03)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_and_killed_run_arrives_where_the_uninterrupted_one_does(case, tmp_path):
+    flags, strikes = CASES[case]
+    finish(tmp_path / "whole", *RUN, *flags)
+    kills = chain(tmp_path / "killed", [*RUN, *flags], strikes)
     assert not any(kill.finished for kill in kills)
-    assert differences(result(whole), result(folder)) == []
-
-
-def test_an_interrupted_and_killed_run_arrives_where_the_uninterrupted_one_does(
-    uninterrupted, tmp_path
-):
-    strikes = [
-        Strike("SIGINT", saves=4, delay=0.03),
-        Strike("SIGKILL", in_save=True, saves=6, delay=0.002),
-        Strike("SIGTERM", saves=4, delay=0.05),
-        Strike("SIGKILL", saves=2, delay=0.01),
-    ]
-    assert_resumed_as(uninterrupted, tmp_path / "run", RUN, strikes)
-
-
-@pytest.mark.parametrize(
-    "flags, words, strikes",
-    [
-        (
-            ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2",
-             "--trainer.max_steps=150", "--trainer.val_check_interval=60"],
-            "muon, bf16-mixed",
-            [Strike("SIGTERM", in_save=True, saves=5, delay=0.001),
-             Strike("SIGKILL", saves=4, delay=0.04)],
-        ),
-        (
-            [*LECTURE, "--model.warmup_steps=100", "--model.schedule=cosine"],
-            "adamw, 32-true",
-            [Strike("SIGKILL", in_save=True, saves=15, delay=0.001)],
-        ),
-    ],
-    ids=["bf16 with accumulation", "adamw"],
-)  # fmt: skip
-def test_so_does_a_run_with_other_settings_which_are_restored(flags, words, strikes, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(whole, *RUN, *flags)
-    assert_resumed_as(whole, killed, [*RUN, *flags], strikes)
-    for log in ("0.txt", "end.txt"):  # of the resumed run too
-        assert words in (killed / log).read_text()
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "killed")) == []
 
 
 # Muon rounds to bf16: a number that is rounded the other way grows to 2% of a matrix in 60 steps.
@@ -96,33 +86,18 @@ def test_so_does_a_run_with_other_settings_which_are_restored(flags, words, stri
 )
 def test_two_processes_with_half_the_batch_follow_one(flags, share, nats, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*RUN, *flags, "--model.dropout=0", "--trainer.max_steps=60",
-             "--trainer.val_check_interval=30"]  # fmt: skip
-    finish(one, *flags)
-    finish(two, *flags, *DDP)
-    a, b = checkpoint(one)["state_dict"], checkpoint(two)["state_dict"]
-    for name, tensor in a.items():
-        assert (tensor - b[name]).norm() <= share * tensor.norm(), name
+    short = ["--model.dropout=0", "--trainer.max_steps=60", "--trainer.val_check_interval=30"]
+    finish(one, *RUN, *flags, *short)
+    finish(two, *RUN, *flags, *short, *DDP)
+    weights = checkpoint(two)["state_dict"]
+    for name, tensor in checkpoint(one)["state_dict"].items():
+        assert (tensor - weights[name]).norm() <= share * tensor.norm(), name
     for tag in ("loss/train", "loss/val"):
-        one_series, two_series = series(one)[tag], series(two)[tag]
-        assert [s for s, _ in one_series] == [s for s, _ in two_series]
-        values = [[v for _, v in points] for points in (one_series, two_series)]
-        assert values[0] == pytest.approx(values[1], abs=nats)
-
-
-def test_two_processes_that_are_interrupted_and_killed_resume_exactly(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = [*RUN, *DDP, "--trainer.max_steps=100"]
-    finish(whole, *flags)
-    signals = ("SIGTERM", "SIGKILL")
-    strikes = [Strike(name, saves=3, delay=0.03) for name in signals]
-    assert_resumed_as(whole, killed, flags, strikes)
+        assert dict(series(one)[tag]) == pytest.approx(dict(series(two)[tag]), abs=nats)
 
 
 def test_flags_override_the_checkpoints_settings(uninterrupted, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(uninterrupted, folder)
-    run = folder / "lightning_logs/version_0"
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
     finish(folder, *RESUME, f"--trainer.max_steps={STEPS + 20}",
         "--model.learning_rate=0.5", "--model.min_lr=0.5", "--model.muon_learning_rate=0.03",
         "--model.weight_decay=0.3", "--data.batch_size=10")  # fmt: skip
@@ -134,5 +109,41 @@ def test_flags_override_the_checkpoints_settings(uninterrupted, tmp_path):
     settings = last["gpt_lightning"]["settings"]
     assert settings["model"]["dropout"] == 0.2  # not given, so the checkpoint's
     assert settings["data"]["batch_size"] == 10
-    configs = sorted(path.name for path in run.glob("config*"))
+    configs = sorted(path.name for path in (folder / "lightning_logs/version_0").glob("config*"))
     assert configs == [f"config-step{STEPS}.yaml", "config.yaml"]
+
+
+def processes_of(group: int) -> set[int]:
+    """The processes of a process group, without those that have ended."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are found in /proc")
+def test_a_killed_process_ends_the_run_and_one_process_continues_it(tmp_path):
+    endless = ["--trainer.max_steps=100000", "--model.lr_decay_steps=100000"]
+    process = start(tmp_path, *FIT, *DDP, *endless, "--model.dropout=0")
+    wait_until((tmp_path / CHECKPOINTS / "last.ckpt").exists, 120)
+    (other,) = processes_of(process.pid) - {process.pid}
+    os.kill(other, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    wait_until(lambda: not processes_of(process.pid), 30)
+    step = checkpoint(tmp_path)["global_step"]
+    finish(tmp_path, *RESUME, f"--trainer.max_steps={step + 30}", *ONE)
+    logged = [s for s, _ in series(tmp_path)["loss/train"] if s > step]
+    assert logged == list(range(step + 10, step + 31, 10))
+    assert checkpoint(tmp_path)["global_step"] == step + 30

@@ -16,27 +16,13 @@ from gpt_lightning.errors import UserError
 
 # every code point, surrogates included; and text that people write
 ANY = st.text(st.characters(codec=None, exclude_categories=()))
-TEXT = st.text()
-SAMPLES = [
-    "",
-    "First Citizen:\n",
-    "naïve e\u0301",
-    "漢字かな",
-    "👩‍👩‍👧 🇩🇪",
-    "\U0010ffff\x00\x7f\x80",
-]
-
-
-def in_pieces(text: str, size: int) -> list[str]:
-    return [text[i : i + size] for i in range(0, len(text), size)]
-
 
 # --- characters -----------------------------------------------------------------------------------
 
 
 @given(ANY.filter(bool), st.integers(1, 5))
 def test_the_vocabulary_is_that_of_the_lecture(text, size):
-    tokenizer = CharTokenizer.train(in_pieces(text, size))
+    tokenizer = CharTokenizer.train(text[i : i + size] for i in range(0, len(text), size))
     chars = sorted(set(text))
     stoi = {ch: i for i, ch in enumerate(chars)}
     assert tokenizer.vocabulary == "".join(chars)
@@ -44,28 +30,14 @@ def test_the_vocabulary_is_that_of_the_lecture(text, size):
     assert tokenizer.encode(text).tolist() == [stoi[c] for c in text]
 
 
-def test_training_finds_a_late_and_rare_character():
-    chunks = ["ab" * 50_000 + "z" + "ab" * 50_000, "ba" * 10, "ß", "Q"]
-    assert CharTokenizer.train(iter(chunks)).vocabulary == "Qabzß"
-
-
 @given(ANY.filter(bool))
-def test_characters_round_trip(text):
-    tokenizer = CharTokenizer.train([text])
+def test_characters_round_trip_with_a_vocabulary_in_any_order(text):
+    tokenizer = CharTokenizer("".join(sorted(set(text), reverse=True)))
     ids = tokenizer.encode(text)
     stream = tokenizer.stream_decoder()
     assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
     assert "".join(map(stream, ids)) + stream(None) == text
     assert tokenizer.count_characters(ids) == len(ids) == len(text)
-    assert tokenizer_from_state(tokenizer.state()).encode(text).tolist() == ids.tolist()
-
-
-@pytest.mark.parametrize("text", SAMPLES)
-def test_a_vocabulary_may_be_in_any_order(text):
-    vocabulary = "".join(sorted(set("".join(SAMPLES)), reverse=True))
-    tokenizer = CharTokenizer(vocabulary)
-    assert tokenizer.encode(text).tolist() == [vocabulary.index(c) for c in text]
-    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -73,29 +45,23 @@ def test_a_vocabulary_may_be_in_any_order(text):
 )
 def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
     tokenizer = CharTokenizer("".join(map(chr, range(size))))
-    last = chr(size - 1)
-    assert tokenizer.dtype == np.dtype(dtype)
-    for text in (last, last + chr(0), chr(0), ""):
+    for text in (chr(size - 1), chr(0), ""):
         ids = tokenizer.encode(text)
-        assert ids.dtype == np.dtype(dtype) and ids.ndim == 1 and ids.flags.writeable
-        assert tokenizer.decode(ids) == text
-    assert tokenizer.encode(last).tolist() == [size - 1]
+        assert ids.dtype == tokenizer.dtype == np.dtype(dtype) and ids.flags.writeable
+        assert ids.tolist() == list(map(ord, text)) and tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "offset", "expected"),
+    ("text", "expected"),
     [
-        ("abcab", 0, r"'c' \(U\+0063 LATIN SMALL LETTER C\) at position 2 "),
-        ("baé😀", 1000, r"'é' \(U\+00E9 LATIN SMALL LETTER E WITH ACUTE\) at position 1002 "),
-        ("a\ud800", 0, r"'\\ud800' \(U\+D800\) at position 1 "),
+        ("abcab", r"'c' \(U\+0063\) in 'abcab' "),
+        ("a" * 99 + "é😀", r"'é' \(U\+00E9\) in 'aaaaaaaaaaé😀' "),
+        ("a\ud800", r"'\\ud800' \(U\+D800\) in 'a\\ud800' "),
     ],
 )
-def test_an_unknown_character_is_named_with_its_position(text, offset, expected):
-    tokenizer = CharTokenizer("ab")
-    with pytest.raises(ValueError, match=expected) as caught:
-        tokenizer.encode(text, offset=offset)
-    message = str(caught.value)
-    assert "\n" not in message and "unknown=drop" in message and "unknown=replace" in message
+def test_an_unknown_character_is_named_with_the_text_around_it(text, expected):
+    with pytest.raises(UserError, match=f"{expected}.*unknown=drop.*unknown=replace"):
+        CharTokenizer("ab").encode(text)
 
 
 @given(ANY, st.sets(st.characters(), min_size=1, max_size=4).map(lambda s: "".join(sorted(s))))
@@ -112,40 +78,31 @@ def test_unknown_characters_are_replaced(vocabulary, stand_in):
     tokenizer = CharTokenizer(vocabulary, unknown="replace")
     for text in ("aba", "a😀a"):
         assert tokenizer.decode(tokenizer.encode(text)) == f"a{stand_in}a"
-
-
-def test_a_vocabulary_that_is_empty_or_has_a_character_twice_is_refused():
-    with pytest.raises(ValueError, match="'b' more than once"):
-        CharTokenizer("abcb")
-    for nothing in ("", None, ["a", "b"]):
-        with pytest.raises(UserError, match="vocabulary=.* at least one character"):
-            CharTokenizer(nothing)
-    with pytest.raises(UserError, match="vocabulary='' must be"):
-        CharTokenizer.train(["", ""])
-    with pytest.raises(UserError, match="did you mean replace"):
-        CharTokenizer("ab", unknown="replaced")
-    with pytest.raises(UserError, match="'a'.*position 3 "):  # it has no character to replace it
+    with pytest.raises(UserError, match="'a'"):  # no character can replace it
         CharTokenizer("xyz", unknown="replace").encode("xyzaxy")
 
 
-@pytest.mark.parametrize("tokenizer", [CharTokenizer("abc"), ByteTokenizer()])
-def test_decoding_ids_outside_the_vocabulary_raises(tokenizer):
-    for wrong in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match="is outside the vocabulary"):
-            tokenizer.decode([0, wrong, 1])
-    assert tokenizer.decode([]) == ""
+@pytest.mark.parametrize("vocabulary", ["", None, ["a", "b"], "abcb"])
+def test_a_vocabulary_without_distinct_characters_is_refused(vocabulary):
+    with pytest.raises(UserError, match="vocabulary=.* distinct characters"):
+        CharTokenizer(vocabulary)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(UserError, match="unknown='replaced' must be.*did you mean replace"):
+        CharTokenizer("ab", unknown="replaced")
 
 
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-@given(TEXT)
+@given(st.text())
 def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint8 and ids.flags.writeable
     assert bytes(ids) == text.encode("utf-8")
-    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode(ids) == text
     assert tokenizer.count_characters(ids) == len(text)
 
 
@@ -168,7 +125,7 @@ def test_characters_of_a_long_text_are_counted_in_pieces():
     assert ByteTokenizer().count_characters(ids) == 5 * 600_000
 
 
-# --- states and choices ---------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", [CharTokenizer("\nab😀é"), ByteTokenizer()])
@@ -184,14 +141,7 @@ def test_a_restored_tokenizer_has_the_given_policy():
 
 
 @pytest.mark.parametrize(
-    "state",
-    [
-        None,
-        {"kind": "word"},
-        {"kind": "char"},
-        {"kind": "char", "vocabulary": ["a"]},
-        {"kind": "char", "vocabulary": "aa"},
-    ],
+    "state", [None, {"kind": "word"}, {"kind": "char"}, {"kind": "char", "vocabulary": "aa"}]
 )
 def test_a_malformed_state_is_refused(state):
     with pytest.raises(UserError):
@@ -201,7 +151,7 @@ def test_a_malformed_state_is_refused(state):
 def test_importing_tokenizers_imports_neither_torch_nor_lightning():
     code = (
         "import sys, gpt_lightning.data.tokenizers, gpt_lightning.data.tokens\n"
-        "print(sorted({'torch', 'lightning', 'tqdm', 'fsspec', 'aiohttp'} & set(sys.modules)))"
+        "print(sorted({'torch', 'lightning'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

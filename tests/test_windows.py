@@ -1,3 +1,5 @@
+"""Where windows start: permutations, phases, splits, and exact batches."""
+
 import math
 
 import numpy as np
@@ -8,7 +10,6 @@ from hypothesis import strategies as st
 from gpt_lightning.data.windows import (
     RandomWindows,
     SlidingWindows,
-    _hash64,
     exact_batches,
     first_tokens,
     permute,
@@ -56,16 +57,9 @@ def test_permute_is_a_permutation_for_any_size_and_keys(n, keys):
 
 def test_permute_takes_a_key_for_each_element():
     index, keys = np.tile(np.arange(50), 2), np.repeat([3, 4], 50)
-    expected = [*permute(np.arange(50), 50, 3), *permute(np.arange(50), 50, 4)]
-    assert permute(index, 50, keys).tolist() == expected
-
-
-def test_permute_depends_on_its_keys():
-    n = 200
-    found = [permute(np.arange(n), n, a, b).tolist() for a in range(6) for b in range(6)]
-    assert len({tuple(order) for order in found}) == len(found)
-    agree = [sum(x == y for x, y in zip(found[0], other, strict=True)) for other in found[1:]]
-    assert max(agree) < 10  # two unrelated orders agree at about one place
+    orders = [permute(np.arange(50), 50, key).tolist() for key in (3, 4)]
+    assert permute(index, 50, keys).tolist() == orders[0] + orders[1]
+    assert sum(a == b for a, b in zip(*orders, strict=True)) < 10  # unrelated orders
 
 
 def test_permute_moves_an_element_to_every_place_equally_often():
@@ -85,6 +79,8 @@ def test_starts_on_a_tiny_text_are_pinned():
     source = SlidingWindows([(0, 20)], block_size=4, stride=4, seed=0)
     assert len(source) == 4
     assert [epoch_of(source, epoch) for epoch in range(4)] == PINNED
+    source = RandomWindows([(0, 20), (30, 40)], block_size=4, seed=0)
+    assert source.starts(np.arange(10)).tolist() == [14, 3, 11, 35, 8, 1, 35, 1, 11, 35]
 
 
 @quick
@@ -107,21 +103,6 @@ def test_an_epoch_is_a_grid_at_the_stride_within_each_span(case, stride, seed):
         assert starts == []  # no window left its span
 
 
-@quick
-@given(case=some_spans(), seed=st.integers(0, 2**40))
-def test_with_a_stride_of_block_size_an_epoch_sees_each_character_once(case, seed):
-    spans, block_size = case
-    source = SlidingWindows(spans, block_size, block_size, seed)
-    for epoch in range(3):
-        starts = np.array(epoch_of(source, epoch))
-        inputs = (starts[:, None] + np.arange(block_size)).ravel()
-        assert len(set(inputs.tolist())) == len(inputs)
-        for start, stop in spans:
-            inside = sorted(i for i in inputs.tolist() if start <= i < stop)
-            if stop - start > block_size:
-                assert inside == list(range(inside[0], inside[-1] + 1))
-
-
 def test_over_epochs_every_character_is_seen_at_every_position():
     source = SlidingWindows([(0, 50)], block_size=5, stride=5, seed=3)
     places = {i: set() for i in range(50)}
@@ -133,35 +114,19 @@ def test_over_epochs_every_character_is_seen_at_every_position():
     assert chi_square(np.bincount([min(epoch_of(source, e)) for e in range(500)])) < 4
 
 
-def test_each_seed_has_a_different_order_and_phase():
-    orders, phases = set(), set()
-    for seed in range(20):
-        starts = epoch_of(SlidingWindows([(0, 301)], 10, 10, seed), 0)
-        orders.add(tuple(np.argsort(starts).tolist()))
-        phases.add(min(starts))
-    assert len(orders) == 20 and len(phases) > 5
-
-
-@pytest.mark.parametrize("kind", ["sliding", "random"])
-def test_starts_do_not_depend_on_how_numbers_are_grouped(kind):
-    spans = [(0, 40), (50, 83)]
-    source = SlidingWindows(spans, 4, 3, 5) if kind == "sliding" else RandomWindows(spans, 4, 5)
-    numbers = np.arange(4 * len(source))
-    whole = source.starts(numbers)
+@pytest.mark.parametrize(
+    "source",
+    [SlidingWindows([(0, 40), (50, 83)], 4, 3, 5), RandomWindows([(0, 40), (50, 83)], 4, 5)],
+)
+def test_starts_do_not_depend_on_how_numbers_are_grouped(source):
+    numbers = np.random.default_rng(0).permutation(4 * len(source))
     one_by_one = [int(source.starts(np.array([n]))[0]) for n in numbers]
-    assert whole.tolist() == one_by_one
-    shuffled = np.random.default_rng(0).permutation(numbers)
-    assert source.starts(shuffled).tolist() == whole[shuffled].tolist()
-    again = SlidingWindows(spans, 4, 3, 5) if kind == "sliding" else RandomWindows(spans, 4, 5)
-    assert again.starts(numbers[7:30]).tolist() == whole[7:30].tolist()
-    assert whole.dtype == np.int64
+    assert source.starts(numbers).tolist() == one_by_one
 
 
 @pytest.mark.parametrize("spans", [[(0, 4)], [(0, 3), (10, 14)], []])
-def test_spans_too_short_for_a_window_are_refused(spans):
-    for make in (lambda: SlidingWindows(spans, 4, 4, 0), lambda: RandomWindows(spans, 4, 0)):
-        with pytest.raises(ValueError, match=r"4 \+ 1 tokens"):
-            make()
+def test_spans_too_short_for_a_window_have_none(spans):
+    assert len(SlidingWindows(spans, 4, 4, 0)) == len(RandomWindows(spans, 4, 0)) == 0
 
 
 # --- random windows -------------------------------------------------------------------------------
@@ -173,12 +138,6 @@ def test_random_windows_are_uniform_over_all_starts():
     possible = [*range(20), 40, *range(50, 66)]  # the last window ends with its span
     assert sorted(set(starts.tolist())) == possible
     assert chi_square([np.count_nonzero(starts == s) for s in possible]) < 4
-
-
-def test_neighboring_random_windows_are_independent():
-    starts = RandomWindows([(0, 9)], block_size=4, seed=11).starts(np.arange(40001))
-    pairs = np.bincount(starts[:-1] * 5 + starts[1:], minlength=25)
-    assert chi_square(pairs) < 4
 
 
 @quick
@@ -209,54 +168,22 @@ def test_blocks_on_a_small_text_are_pinned():
     assert train == [(0, 80), (120, 280), (320, 400)] and val == [(80, 120), (280, 320)]
 
 
-cases = dict(
+@settings(max_examples=300, deadline=None)
+@given(
     length=st.integers(1, 20000),
     split=st.sampled_from(["tail", "blocks"]),
-    fraction=st.one_of(st.floats(0.001, 0.999), st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.5])),
+    fraction=st.one_of(st.floats(0.001, 0.999), st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.5, 1])),
     block_size=st.one_of(st.integers(1, 8), st.integers(1, 300)),
 )
-
-
-@settings(max_examples=300, deadline=None)
-@given(**cases)
 def test_split_partitions_the_text(length, split, fraction, block_size):
     train, val = split_spans(length, split, fraction, block_size)
-    pieces = sorted(train + val)
-    assert pieces[0][0] == 0 and pieces[-1][1] == length
-    assert all(start <= stop for start, stop in pieces)
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    pieces = [i for span in sorted(train + val) for i in range(*span)]
+    assert pieces == list(range(length))
     held_out = sum(stop - start for start, stop in val)
-    assert abs(held_out - fraction * length) < 1 + 1e-6
     assert held_out == length - int(length * (1 - fraction))
     if split == "blocks" and len(val) > 1:
         assert len(val) <= 20
         assert all(stop - start >= 16 * (block_size + 1) for start, stop in val)
-
-
-@pytest.mark.parametrize("split", ["tail", "blocks"])
-def test_a_fraction_of_one_holds_out_everything(split):
-    train, val = split_spans(1000, split, 1.0, 8)
-    assert sum(stop - start for start, stop in val) == 1000
-    assert all(start == stop for start, stop in train)
-
-
-@settings(max_examples=100, deadline=None)
-@given(**cases, stride=st.integers(1, 9), kind=st.sampled_from(["sliding", "random"]))
-def test_no_training_window_touches_held_out_text(
-    length, split, fraction, block_size, stride, kind
-):
-    train, val = split_spans(length, split, fraction, block_size)
-    assume(max(stop - start for start, stop in train) > block_size)
-    if kind == "sliding":
-        source = SlidingWindows(train, block_size, stride, 0)
-    else:
-        source = RandomWindows(train, block_size, 0)
-    held_out = np.zeros(length + 1, np.int64)  # held-out characters before each place
-    for start, stop in val:
-        held_out[start + 1 : stop + 1] += 1
-    held_out = held_out.cumsum()
-    starts = source.starts(np.arange(2 * len(source)))
-    assert (held_out[starts + block_size + 1] == held_out[starts]).all()
 
 
 # --- exact batches --------------------------------------------------------------------------------
@@ -307,31 +234,6 @@ def test_windows_of_a_text_of_billions_of_tokens_are_in_place(block_size):
         for (start, stop), inside in zip(spans, within, strict=True):
             assert len(np.unique(epoch[inside] % block_size)) == 1  # one phase
             assert abs(inside.mean() - (stop - start) / (3 * FAR)) < 0.02
-
-
-def unpermute(place: int, n: int, *keys: int) -> int:
-    """The index that `permute` sends to `place`: its rounds undone one by one, in Python."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    while True:
-        left, right = divmod(place, 1 << half)
-        for round_ in (3, 2, 1, 0):
-            mixed = int(_hash64(*keys, round_, left)[0]) % (1 << half)
-            left, right = right ^ mixed, left
-        place = left << half | right
-        if place < n:
-            return place
-
-
-@pytest.mark.parametrize("n", [1000, 14_062_499, 2**32 - 1, 2**32 + 1, 2**40])
-def test_permute_can_be_undone_for_any_size(n):
-    """A function that can be undone is a permutation; there are too many indices to try all."""
-    rng = np.random.default_rng(n)
-    index = np.concatenate([[0, n - 1], rng.integers(n, size=300)])
-    places = permute(index, n, 1337, 2)
-    assert places.min() >= 0 and places.max() < n and places.max() > 0.9 * n
-    assert [unpermute(place, n, 1337, 2) for place in places.tolist()] == index.tolist()
-    back = np.array([unpermute(place, n, 1337, 2) for place in index.tolist()])
-    assert permute(back, n, 1337, 2).tolist() == index.tolist()
 
 
 def test_permute_is_a_permutation_of_a_million():

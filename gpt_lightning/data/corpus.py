@@ -18,9 +18,13 @@ import contextlib
 import hashlib
 import os
 import re
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import numpy as np
 from filelock import FileLock
@@ -32,13 +36,10 @@ TINYSHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BUILTIN = ("playwright", "tinyshakespeare")
-MAX_CHARS = 10**10  # of a generated play
 SECURE = r"https://|http://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)"  # nobody can change the text
 MAX_DOWNLOAD = 4 << 30  # bytes; the environment can set another limit
 TIMEOUT = 20  # seconds without an answer after which a download fails
 RUN_FOLDERS = ("lightning_logs", "checkpoints")  # a folder corpus leaves them out
-HEAD = 8192  # bytes at the start of a file; a NUL among them means binary data
 LINE = np.dtype([("end", "<i8"), ("nats", "<f8")])  # of a play: the offset after it, its cost
 
 
@@ -51,38 +52,33 @@ class Corpus:
         paths: the files in order. A file that does not end with a line end is given one if
             another file follows.
         floor_path: the cost of each line (array of `LINE`) if the entropy of the text is known.
-        left_out: what a folder corpus leaves out, each as `NAME (REASON)`.
+        left_out: files of a folder that are not part of the text: empty or binary.
     """
 
     name: str
     paths: tuple[Path, ...]
     floor_path: Path | None = None
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[Path, ...] = ()
 
-    def chunks(self, size: int = 1 << 22, title: str = "text") -> Iterator[str]:
+    def chunks(self, size: int = 1 << 22) -> Iterator[str]:
         """The text in order, in pieces of about `size` characters; takes constant memory.
 
-        `title` is that of the progress bar.
-
         Raises:
-            UserError: if a file is not UTF-8 text (with file and byte offset), or there is no
-                character at all.
+            UserError: if a file is not UTF-8 text, or there is no character at all.
         """
         last = ""
-        with progress(sum(path.stat().st_size for path in self.paths), title) as bar:
-            for path in self.paths:
-                is_first_piece = True
-                for text in _read_text(path, size, bar):
-                    if is_first_piece and last not in ("", "\n"):
-                        yield "\n"
-                    is_first_piece, last = False, text[-1]
-                    yield text
+        for path in self.paths:
+            separator = "" if last in ("", "\n") else "\n"
+            with path.open(encoding="utf-8-sig") as file:
+                try:
+                    while text := file.read(size):
+                        yield separator + text
+                        separator, last = "", text[-1]
+                except UnicodeDecodeError as error:
+                    message = f" is not UTF-8 text ({error.reason}); convert it to UTF-8"
+                    raise corpus_error(path, message) from None
         if not last:
             raise corpus_error(self.name, " is empty")
-
-    def text(self) -> str:
-        """The whole text, for small corpora; raises like `chunks`."""
-        return "".join(self.chunks())
 
     def sha256(self) -> str:
         """Hex digest of the file's bytes, or, of several files, of their digests in order."""
@@ -92,21 +88,15 @@ class Corpus:
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def floor(self, start: int, stop: int) -> float | None:
-        """Nats per character that no model can beat on characters [start, stop), if known."""
+        """Nats per character that no model can beat on characters [start, stop), if known.
+
+        A line that the range cuts counts in proportion.
+        """
         if self.floor_path is None:
             return None
-        from gpt_lightning.data import playwright
-
-        lines = np.memmap(self.floor_path, LINE, mode="r")
-        return playwright.floor(lines["end"], lines["nats"], start, stop)
-
-    def summary(self) -> str:
-        """One line: `12 text files; left out: .git (hidden)`; "" for a single text file."""
-        if len(self.paths) == 1 and not self.left_out:
-            return ""
-        more = ["..."] if len(self.left_out) > 5 else []
-        left_out = ", ".join([*self.left_out[:5], *more]) or "nothing"
-        return f"{len(self.paths):,} text files; left out: {left_out}"
+        lines = np.fromfile(self.floor_path, LINE)
+        ends, sums = np.append(0, lines["end"]), np.append(0, lines["nats"].cumsum())
+        return float(np.diff(np.interp([start, stop], ends, sums))[0] / (stop - start))
 
 
 def find_corpus(name: str) -> Corpus:
@@ -127,14 +117,9 @@ def find_corpus(name: str) -> Corpus:
         return _from_path(name)
 
 
-def printable(name: object) -> str:
-    """`name`, with unprintable characters escaped."""
-    return str(name) if str(name).isprintable() else repr(str(name))
-
-
 def corpus_error(name: object, message: str) -> UserError:
     """The error whose message is `corpus=NAME` and `message`."""
-    return UserError(f"corpus={printable(name)}{message}")
+    return UserError(f"corpus={name}{message}")
 
 
 @contextlib.contextmanager
@@ -143,7 +128,7 @@ def file_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path = printable(error.filename or cache_dir())
+        path = error.filename or cache_dir()
         raise corpus_error(name, f": {path}: {error.strerror or error}") from error
 
 
@@ -155,87 +140,45 @@ def make_once(path: Path, make: Callable[[], object]) -> None:
                 make()
 
 
-def progress(total: int | None, title: str):
-    """A tqdm bar of bytes, on a terminal only, and only after two seconds."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, desc=title, unit="B", unit_scale=True, leave=False, delay=2, disable=None
-    )
-
-
 # --- files and folders ----------------------------------------------------------------------------
 
 
 def _from_path(name: str) -> Corpus:
     path = Path(os.path.abspath(os.path.expanduser(name)))
-    if name and os.path.isdir(path):
-        return _from_folder(path)
-    if not name or not os.path.exists(path):
+    if not name or not path.exists():
         raise corpus_error(
             name,
             " is not found: it is playwright[:SEED[:CHARS]], tinyshakespeare, an https:// URL, or "
-            "the path of a file or folder" + did_you_mean(name.partition(":")[0].lower(), BUILTIN),
+            "the path of a file or folder"
+            + did_you_mean(name.lower(), ["playwright", "tinyshakespeare"]),
         )
-    if reason := _why_not_text(path):
-        raise corpus_error(path, f" is not a text file: {reason}")
+    if path.is_dir():
+        return _from_folder(path)
+    if not _is_text(path):
+        raise corpus_error(path, " is not a text file: it is empty or binary")
     return Corpus(str(path), (path,))
 
 
 def _from_folder(folder: Path) -> Corpus:
-    left_out: list[str] = []
-    texts = sorted(_find_texts(folder, left_out), key=Path.as_posix)
-    corpus = Corpus(str(folder), tuple(texts), left_out=tuple(sorted(left_out)))
+    paths: list[Path] = []
+    for root, folders, names in os.walk(folder):  # does not follow links to folders
+        folders[:] = [name for name in folders if name[0] != "." and name not in RUN_FOLDERS]
+        paths += [Path(root, name) for name in names if name[0] != "."]
+    paths.sort(key=Path.as_posix)
+    texts = [path for path in paths if _is_text(path)]
     if not texts:
-        raise corpus_error(folder, f" has no text file in it ({corpus.summary()})")
-    return corpus
+        raise corpus_error(folder, " has no text file in it")
+    left_out = sorted(set(paths) - set(texts))
+    return Corpus(str(folder), tuple(texts), left_out=tuple(left_out))
 
 
-def _find_texts(folder: Path, left_out: list[str]) -> Iterator[Path]:
-    """The text files below `folder`; the names of other files are appended to `left_out`."""
-    for path in folder.iterdir():
-        is_folder = path.is_dir() and not path.is_symlink()
-        if path.name.startswith("."):
-            reason = "hidden"
-        elif is_folder:
-            of_a_run = path.name in RUN_FOLDERS or path == cache_dir()
-            reason = "written by runs" if of_a_run else ""
-        else:
-            reason = _why_not_text(path)
-        if reason:
-            left_out.append(f"{printable(path.name)} ({reason})")
-        elif is_folder:
-            yield from _find_texts(path, left_out)
-        else:
-            yield path
-
-
-def _why_not_text(path: Path) -> str:
-    """The reason why this is not a text file, as far as its first bytes tell, or ""."""
+def _is_text(path: Path) -> bool:
+    """Whether this is a text file, as far as its first bytes tell."""
     if not path.is_file():
-        return "not a regular file"
+        return False
     with path.open("rb") as file:
-        head = file.read(HEAD)
-    if b"\0" in head:
-        return "binary or UTF-16"
-    return "" if head else "empty"
-
-
-def _read_text(path: Path, size: int, bar) -> Iterator[str]:
-    """The non-empty pieces of a file's text, line ends translated, byte-order mark dropped."""
-    with path.open(encoding="utf-8-sig") as file:
-        done = 0
-        try:
-            while text := file.read(size):
-                bar.update(file.buffer.tell() - done)
-                done = file.buffer.tell()
-                yield text
-        except UnicodeDecodeError as error:
-            # error.object is what the decoder has read last
-            offset = file.buffer.tell() - len(error.object) + error.start
-            at = f"{error.reason} at byte offset {offset}"
-            message = f" is not UTF-8 text: {at}; convert it to UTF-8"
-            raise corpus_error(path, message) from None
+        head = file.read(8192)
+    return head != b"" and b"\0" not in head  # a NUL means binary data
 
 
 # --- the embedded corpus --------------------------------------------------------------------------
@@ -244,36 +187,31 @@ def _read_text(path: Path, size: int, bar) -> Iterator[str]:
 def _playwright(name: str) -> Corpus:
     from gpt_lightning.data import playwright
 
-    match = re.fullmatch("playwright(?::([0-9]{1,19})(?::([0-9]{1,19}))?)?", name)
+    match = re.fullmatch("playwright(?::([0-9]{1,19})(?::([0-9]{1,10}))?)?", name)
     seed = int(match and match[1] or playwright.DEFAULT_SEED)
     chars = int(match and match[2] or playwright.DEFAULT_CHARS)
-    if not match or not 1 <= chars <= MAX_CHARS:
+    if not match or not chars:
         raise corpus_error(
             name,
-            " must be playwright[:SEED[:CHARS]] with whole numbers, as in playwright:1337:1000000; "
-            f"SEED has at most 19 digits, CHARS is from 1 to {MAX_CHARS}",
+            " must be playwright[:SEED[:CHARS]] with positive whole numbers, as in "
+            "playwright:1337:1000000; SEED has at most 19 digits, CHARS at most 10",
         )
     path = cache_dir() / f"playwright-v{playwright.GRAMMAR_VERSION}-{seed}-{chars}.txt"
     floor_path = path.with_suffix(".nats")
-    make_once(path, lambda: _generate(seed, chars, path, floor_path))
+
+    def generate() -> None:
+        end = 0
+        # The text file appears last: if it exists, both are complete.
+        with write_atomically(path) as text_file, write_atomically(floor_path) as floor_file:
+            lines = playwright.write_lines(seed)
+            while end < chars:
+                line, nats = next(lines)
+                end += len(line)
+                text_file.write(line.encode("ascii"))
+                floor_file.write(np.array((end, nats), LINE).tobytes())
+
+    make_once(path, generate)
     return Corpus(f"playwright:{seed}:{chars}", (path,), floor_path)
-
-
-def _generate(seed: int, chars: int, path: Path, floor_path: Path) -> None:
-    from gpt_lightning.data import playwright
-
-    # The text file appears last: if it exists, both are complete.
-    with (
-        write_atomically(path) as text_file,
-        write_atomically(floor_path) as floor_file,
-        progress(chars, "play") as bar,
-    ):
-        for text, ends, nats in playwright.write_pieces(seed, chars):
-            lines = np.empty(len(ends), LINE)
-            lines["end"], lines["nats"] = ends, nats
-            text_file.write(text.encode("ascii"))
-            floor_file.write(lines.tobytes())
-            bar.update(len(text))
 
 
 # --- downloads ------------------------------------------------------------------------------------
@@ -290,45 +228,33 @@ def _from_url(name: str) -> Corpus:
         advice = "plain http can be changed on the way; use https:// or add #sha256=HEX"
         raise corpus_error(name, f": {advice}")
     # The checksum is part of the file's name, so a text that fails it is used by no other name.
-    path = cache_dir() / f"url-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()}.txt"
+    path = cache_dir() / f"url-{hashlib.sha256(name.encode()).hexdigest()}.txt"
     _download(name, url, path, digest)
     return Corpus(name, (path,))
 
 
 def _download(name: str, url: str, path: Path, digest: str | None) -> None:
     """Make sure that `path` holds the text of `url`, with this SHA-256 if one is given."""
-    make_once(path, lambda: _fetch(name, url, path))
+    make_once(path, lambda: _fetch(name, url, path, digest))
     if digest and (actual := file_sha256(path)) != digest:
         mismatch = f"{path} has the SHA-256 {actual[:12]}... instead of {digest[:12]}..."
         raise corpus_error(name, f": {mismatch}; delete the file and run again")
 
 
-def _fetch(name: str, url: str, path: Path) -> None:
-    import aiohttp  # not above: these two take time to import, and most runs need no download
-    import fsspec
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
-    client = {"timeout": timeout, "trust_env": True}  # trust_env: proxies
-    web = fsspec.filesystem("http", skip_instance_cache=True, client_kwargs=client)
+def _fetch(name: str, url: str, path: Path, digest: str | None) -> None:
+    limit = int(os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", MAX_DOWNLOAD))
+    url = quote(url, safe=string.punctuation)  # spaces and the like
     try:
-        with (
-            write_atomically(path) as file,
-            # block_size=0 streams the file; any size saves a request that asks for it
-            web.open(url, block_size=0, size=1) as source,
-            progress(None, "download") as bar,
-        ):
-            final = str(source.r.url)  # after redirects
-            if url.startswith("https://") and "#sha256=" not in name and final[:8] != "https://":
-                raise OSError(f"redirected to {final}, which others can change; add #sha256=HEX")
-            limit = int(os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", MAX_DOWNLOAD))
+        with urlopen(url, timeout=TIMEOUT) as source, write_atomically(path) as file:
+            if not digest and not re.match(SECURE, source.url, re.IGNORECASE):
+                raise OSError(f"redirected to {source.url}, which others can change")
             while block := source.read(1 << 20):
                 file.write(block)
                 if file.tell() > limit:
                     raise OSError(f"larger than GPT_LIGHTNING_MAX_DOWNLOAD={limit} bytes")
-                bar.update(len(block))
-            if not file.tell():
-                raise OSError("the server sent an empty file")
-    except (aiohttp.ClientError, OSError) as error:
-        reason = printable(f"{type(error).__name__}: {error}"[:300])  # may quote the server
+            if file.tell() != int(source.headers.get("Content-Length", file.tell())):
+                raise OSError("the connection ended early")
+    except (OSError, HTTPException) as error:
+        reason = f"{type(error).__name__}: {error}"[:300]  # may quote the server
         advice = f"run again, or save the file as {path}"
         raise corpus_error(name, f": download failed ({reason}); {advice}") from error

@@ -7,7 +7,6 @@
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,6 @@ from gpt_lightning.data.windows import (
 from gpt_lightning.errors import UserError
 
 SAMPLING = ("sliding", "random")
-LARGEST = 10**15  # of any size or count: what is computed from them fits into 64 bits
 BATCHES_AT_ONCE = 64  # window starts are computed for this many batches together
 VAL_TOKENS_CPU, VAL_TOKENS = 1 << 11, 1 << 16  # of a validation batch, on a CPU and on a GPU
 VAL_LOGITS = 1 << 26  # of a validation batch at most: 256 MB in fp32
@@ -47,9 +45,8 @@ def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
 class Loader:
     """An iterable of batches, for a Trainer or a plain loop.
 
-    Subclasses define `places(rank, world_size)`: window starts (B,) and window length of each
-    batch of this rank. It is not a DataLoader: a memory map needs no worker processes, and
-    Lightning uses other iterables as they are, also in distributed runs.
+    Subclasses define `places()`: window starts (B,) and window length of each batch of this rank.
+    Lightning uses an iterable that is not a DataLoader as it is.
     """
 
     def __init__(self, data: "TextDataModule"):
@@ -57,12 +54,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         tokens, pin = self.data.tokens, self.data.device_type == "cuda"
-        for starts, length in self.places(*self.data.rank_and_world_size):
+        for starts, length in self.places():
             x, y = gather(tokens, starts, length)
             yield (x.pin_memory(), y.pin_memory()) if pin else (x, y)
 
-    # Lightning warns when a run resumes with loaders that lack these two. There is no state: the
-    # position in the text follows from the trainer's step.
+    # Lightning warns when a run resumes with loaders that lack these two.
     def state_dict(self) -> dict:
         return {}
 
@@ -73,8 +69,9 @@ class Loader:
 class TrainLoader(Loader):
     """One epoch of training batches, from the trainer's current step on (0 without a trainer)."""
 
-    def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    def places(self) -> Iterator[tuple[np.ndarray, int]]:
         trainer, hparams = self.data.trainer, self.data.hparams
+        rank, world_size = self.data.rank_and_world_size
         batch = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
         within = np.arange(hparams.batch_size) + rank * hparams.batch_size
         for first in range(0, len(self), BATCHES_AT_ONCE):
@@ -92,25 +89,20 @@ class TrainLoader(Loader):
 
 
 class ExactLoader(Loader):
-    """Batches of the validation text, divided among the ranks: each token is predicted once.
-
-    The last window of a span may be shorter than block_size; it is a batch of its own.
-    """
+    """Batches of the validation text, divided among the ranks: each token is predicted once."""
 
     def __init__(self, data: "TextDataModule", batch_size: int):
         super().__init__(data)
-        self.batch_size = batch_size
+        rank, world_size = data.rank_and_world_size
+        batches = exact_batches(data.val_spans, data.hparams.block_size, batch_size)
+        self.batches = list(batches)[rank::world_size]
 
-    def _batches(self, rank: int, world_size: int) -> Iterator[tuple[int, int, int]]:
-        batches = exact_batches(self.data.val_spans, self.data.hparams.block_size, self.batch_size)
-        return islice(batches, rank, None, world_size)
-
-    def places(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
-        for start, count, length in self._batches(rank, world_size):
+    def places(self) -> Iterator[tuple[np.ndarray, int]]:
+        for start, count, length in self.batches:
             yield start + length * np.arange(count), length
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._batches(*self.data.rank_and_world_size))
+        return len(self.batches)
 
 
 class TextDataModule(LightningDataModule):
@@ -163,13 +155,10 @@ class TextDataModule(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        for field, choices in (
-            ("tokenizer", KINDS),
-            ("sampling", SAMPLING),
-            ("split", SPLITS),
-            ("unknown", UNKNOWN),
-        ):
-            choose(field, self.hparams[field], choices)
+        choose("tokenizer", tokenizer, KINDS)
+        choose("sampling", sampling, SAMPLING)
+        choose("split", split, SPLITS)
+        choose("unknown", unknown, UNKNOWN)
         for field, value, least in (
             ("block_size", block_size, 1),
             ("batch_size", batch_size, 1),
@@ -177,11 +166,12 @@ class TextDataModule(LightningDataModule):
             ("overfit_batches", overfit_batches, 0),
             ("max_val_tokens", max_val_tokens, block_size + 1),
         ):
-            if value is not None and not least <= value <= LARGEST:
-                raise UserError(f"{field}={value} must be from {least} to {LARGEST}")
+            if value is not None and value < least:
+                raise UserError(f"{field}={value} must be at least {least}")
         if not 0 < val_fraction <= 1:
             raise UserError(f"val_fraction={val_fraction} must be above 0 and at most 1")
         self.token_file: TokenFile | None = None
+        self.windows: SlidingWindows | RandomWindows
 
     # --- Lightning's hooks ------------------------------------------------------------------------
 
@@ -211,28 +201,21 @@ class TextDataModule(LightningDataModule):
                 f" has {len(self.tokens):,} tokens, too few to hold out val_fraction="
                 f"{hp.val_fraction} of them; give more text or a larger val_fraction",
             )
-        if stage in (None, "fit"):
-            self.windows = self._windows()
-
-    def _windows(self) -> SlidingWindows | RandomWindows:
-        """The training windows; UserError if the text is too short for a batch of them."""
-        hp, world_size = self.hparams, self.rank_and_world_size[1]
-        spans = (self.train_spans, self.val_spans)
-        longest = [max(stop - start for start, stop in part) for part in spans]
-        if min(longest) > hp.block_size:
-            windows: SlidingWindows | RandomWindows
-            if hp.sampling == "random":
-                windows = RandomWindows(self.train_spans, hp.block_size, hp.seed)
-            else:
-                stride = hp.stride or hp.block_size
-                windows = SlidingWindows(self.train_spans, hp.block_size, stride, hp.seed)
-            if len(windows) >= hp.batch_size * world_size:
-                return windows
-        raise UserError(
-            f"block_size={hp.block_size} with batch_size={hp.batch_size} is too large for a text "
-            f"of {len(self.tokens):,} tokens with val_fraction={hp.val_fraction}; choose smaller "
-            "values or give more text"
-        )
+        if stage not in (None, "fit"):
+            return
+        if hp.sampling == "random":
+            self.windows = RandomWindows(self.train_spans, hp.block_size, hp.seed)
+        else:
+            stride = hp.stride or hp.block_size
+            self.windows = SlidingWindows(self.train_spans, hp.block_size, stride, hp.seed)
+        longest = max(stop - start for start, stop in self.val_spans)
+        batch = hp.batch_size * self.rank_and_world_size[1]
+        if longest <= hp.block_size or len(self.windows) < batch:
+            raise UserError(
+                f"block_size={hp.block_size} with batch_size={hp.batch_size} is too large for a "
+                f"text of {len(self.tokens):,} tokens with val_fraction={hp.val_fraction}; choose "
+                "smaller values or give more text"
+            )
 
     def train_dataloader(self) -> TrainLoader:
         self.setup("fit")
@@ -241,8 +224,7 @@ class TextDataModule(LightningDataModule):
     def val_dataloader(self) -> ExactLoader:
         self.setup("validate")
         T, B = self.hparams.block_size, self.hparams.batch_size
-        # Without gradients a batch needs far less memory than in training. The vocabulary bounds
-        # it: the logits are (B, T, V).
+        # Without gradients a batch needs less memory; the logits (B, T, V) bound it.
         tokens = VAL_TOKENS_CPU if self.device_type == "cpu" else VAL_TOKENS
         tokens = min(tokens, VAL_LOGITS // self.vocab_size)
         return ExactLoader(self, max(B, min(16 * B, tokens // T)))
@@ -268,13 +250,10 @@ class TextDataModule(LightningDataModule):
 
         A token of the embedded corpus is a character with either tokenizer: the text is ASCII.
         """
-        if self.hparams.unknown != "error":
+        costs = [self.corpus.floor(start + 1, stop) for start, stop in self.val_spans]
+        if None in costs or self.hparams.unknown != "error":
             return None
-        spans = [(start + 1, stop) for start, stop in self.val_spans]
-        costs = [self.corpus.floor(start, stop) for start, stop in spans]
-        if None in costs:
-            return None
-        return float(np.average(costs, weights=[stop - start for start, stop in spans]))
+        return float(np.average(costs, weights=[b - a - 1 for a, b in self.val_spans]))
 
     @property
     def val_characters(self) -> int:
@@ -296,9 +275,9 @@ class TextDataModule(LightningDataModule):
         self, spans: list[Span], n: int, rank: int, world: int
     ) -> Iterator[Batch]:
         """`n` random batches for the lecture's `estimate_loss`, divided among the ranks."""
-        batch_size, block_size = self.hparams.batch_size, self.hparams.block_size
-        source = RandomWindows(spans, block_size, self.hparams.seed)
+        hp = self.hparams
+        source = RandomWindows(spans, hp.block_size, hp.seed)
         for i in range(rank, n, world):
             # far beyond the numbers of training windows, so that no batch of training is repeated
-            numbers = np.arange(i * batch_size, (i + 1) * batch_size) + (1 << 48)
-            yield gather(self.tokens, source.starts(numbers), block_size)
+            numbers = np.arange(i * hp.batch_size, (i + 1) * hp.batch_size) + (1 << 48)
+            yield gather(self.tokens, source.starts(numbers), hp.block_size)

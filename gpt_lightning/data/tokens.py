@@ -15,11 +15,9 @@ import numpy as np
 
 from gpt_lightning.data.corpus import Corpus, corpus_error, file_errors, make_once
 from gpt_lightning.data.tokenizers import (
-    KINDS,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    choose,
     tokenizer_from_state,
 )
 from gpt_lightning.errors import UserError
@@ -56,14 +54,12 @@ def prepare_tokens(
     Raises:
         UserError: if the text cannot be read or encoded, has no token, or changes meanwhile.
     """
-    choose("tokenizer", tokenizer, KINDS)
     if vocabulary is not None and tokenizer != "char":
         raise UserError(f"vocabulary is for the char tokenizer, not for {tokenizer}")
     with file_errors(corpus.name):
         digest = corpus.sha256()
-        policy = None if vocabulary is None else unknown  # else no character is unknown
         # The ids depend on these alone, so a file in the cache never changes.
-        parts = json.dumps([FORMAT, digest, tokenizer, vocabulary, policy])
+        parts = json.dumps([FORMAT, digest, tokenizer, vocabulary, unknown])
         key = hashlib.sha256(parts.encode()).hexdigest()[:32]
         path = cache_dir() / f"tokens-{tokenizer}-{key}.bin"
 
@@ -72,7 +68,7 @@ def prepare_tokens(
             if tokenizer == "byte":
                 coder = ByteTokenizer()
             elif vocabulary is None:
-                coder = CharTokenizer.train(corpus.chunks(PIECE, "vocabulary"), unknown)
+                coder = CharTokenizer.train(corpus.chunks(PIECE), unknown)
             else:
                 coder = CharTokenizer(vocabulary, unknown)
             _encode(corpus, coder, path, digest)
@@ -84,17 +80,13 @@ def prepare_tokens(
 
 def _encode(corpus: Corpus, coder: Tokenizer, path: Path, digest: str) -> None:
     """Write the ids of the corpus to `path`, and the tokenizer's state to a .json file beside."""
-    count = 0
     with write_atomically(path) as file:
-        for chunk in corpus.chunks(PIECE, "tokens"):
+        for chunk in corpus.chunks(PIECE):
             try:
-                # raises only if no character was dropped, so count is the position in the text
-                ids = coder.encode(chunk, offset=count)
+                file.write(coder.encode(chunk).data)
             except UserError as error:
                 raise corpus_error(corpus.name, f": {error}") from None
-            count += len(ids)
-            file.write(ids.data)
-        if count == 0:
+        if file.tell() == 0:
             raise corpus_error(corpus.name, " has no character of the vocabulary")
         if corpus.sha256() != digest:
             raise corpus_error(corpus.name, " changed while it was read; run again")

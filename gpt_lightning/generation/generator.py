@@ -6,6 +6,7 @@ Legend: B samples, T tokens of the prompt, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,10 +31,9 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue B prompts; yield each step's B new ids as soon as they are drawn.
 
-    The model sees a window of at most `block_size` tokens, whose positions count from 0. A full
-    window restarts with its last three quarters, so that keys and values are computed again once
-    in `block_size / 4` tokens. (The lecture moves its window by one token and computes all of it
-    for every token.)
+    The model sees a window of at most `block_size` tokens. A full window restarts with its last
+    three quarters, so that keys and values are computed again once in `block_size / 4` tokens.
+    (The lecture moves its window by one token and computes all of it for every token.)
 
     Args:
         model: (ids (B, T), cache) -> logits (B, T, V). It is in eval mode meanwhile.
@@ -49,7 +49,6 @@ def generate(
     Raises:
         UserError: if the model's logits are not finite.
     """
-    assert ids.ndim == 2 and ids.shape[1] > 0
     was_training = model.training
     model.eval()
     block_size = model.config.block_size
@@ -79,12 +78,7 @@ def generate(
 
 
 class TextGenerator:
-    """A model with its tokenizer: text in, text out.
-
-    Example:
-        >>> generator = TextGenerator.load("lightning_logs/version_0/checkpoints/best.ckpt")
-        >>> print(generator.generate("ROMEO:", max_new_tokens=200, seed=1)[0])
-    """
+    """A model with its tokenizer: text in, text out."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -97,14 +91,11 @@ class TextGenerator:
         precision: str = "auto",
         unknown: str = "error",
     ) -> "TextGenerator":
-        """Load model and tokenizer from a checkpoint, without Lightning and without the data.
+        """Load model and tokenizer from a checkpoint file, without Lightning and the data.
 
         Args:
-            path: the checkpoint file.
-            device: device that the model runs on.
             precision: of the weights: `auto`, `fp32`, `bf16` or `int8` (see `quantize`).
-            unknown: what to do with characters of a prompt that the vocabulary lacks: `error`,
-                `drop` or `replace`.
+            unknown: for characters that the vocabulary lacks: `error`, `drop` or `replace`.
 
         Raises:
             UserError: for a file that is not an intact checkpoint, or an unknown precision.
@@ -143,13 +134,18 @@ class TextGenerator:
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed={seed} must be 0 or more and below 2**63")
         if "" in stop:
             raise UserError("stop='' must have at least one character")
-        ids = self._encode(prompt, "prompt") or self._line_start()
+        ids = self._encode(prompt, "prompt")
+        if not ids:
+            with suppress(UserError):  # a vocabulary without a line break
+                ids = self._encode("\n", "prompt")
         stop_ids = [self._encode(text, "stop") for text in stop]
         steps = generate(
             self.model,
-            torch.tensor([ids] * num_samples),
+            torch.tensor([ids or [0]] * num_samples),
             max_new_tokens,
             sampling or Sampling(),
             torch.Generator().manual_seed(seed),
@@ -186,10 +182,3 @@ class TextGenerator:
             return self.tokenizer.encode(text).tolist()
         except UserError as error:
             raise UserError(f"{field}: {error}") from error
-
-    def _line_start(self) -> list[int]:
-        """What an empty prompt stands for: a line break, or the first token if there is none."""
-        try:
-            return self.tokenizer.encode("\n").tolist() or [0]
-        except UserError:
-            return [0]

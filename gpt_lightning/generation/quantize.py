@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 LARGE = 2_000_000  # weights of linear layers; below, reading them is a small part of the time
@@ -23,11 +23,6 @@ FEW = 16  # rows; for more of them, a matrix product in bf16 is faster
 
 class Int8Linear(nn.Module):
     """A linear layer, rounded to integer weights from -127 to 127 and one scale per output."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-    wide: torch.Tensor
-    bias: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -53,22 +48,16 @@ class Int8Linear(nn.Module):
 def quantize(model: nn.Module, precision: str) -> nn.Module:
     """The model with weights of this precision: itself (`fp32`) or a copy.
 
-    int8 rounds the weights of linear layers and keeps the others in bf16. The loss rises by less
-    than 0.001 nats per token (docs/experiments.md).
-
-    Args:
-        model: token ids (B, T) -> logits (B, T, V).
-        precision: `fp32` as trained, `bf16`, `int8`, or `auto`: int8 for a large model on a CPU if
-            a measurement of some milliseconds finds it 1.5 times as fast, otherwise fp32.
+    `int8` rounds the weights of linear layers and keeps the others in bf16. The loss rises by less
+    than 0.001 nats per token (docs/experiments.md). `auto` is int8 for a large model on a CPU if a
+    measurement of some milliseconds finds it 1.5 times as fast, otherwise fp32.
 
     Raises:
         UserError: for an unknown precision, or int8 on another device than a CPU.
     """
     device = next(model.parameters()).device.type
     if precision not in PRECISIONS:
-        hint = did_you_mean(precision, PRECISIONS)
-        choices = ", ".join(PRECISIONS)
-        raise UserError(f"precision={precision} is unknown; choose one of {choices}{hint}")
+        raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
     if precision == "int8" and device != "cpu":
         raise UserError(f"precision=int8 is for a CPU, not for device={device}; choose bf16")
     if precision == "auto":

@@ -9,14 +9,10 @@ import torch
 
 from gpt_lightning.errors import UserError
 
-TINY = torch.finfo(torch.float32).tiny  # a smaller temperature would be 0 in float32
-
 
 @dataclass
 class Sampling:
-    """How the next token is chosen from the model's logits.
-
-    The filters apply in this order, each to the tokens that the previous one keeps.
+    """How the next token is chosen; each filter applies to what the previous one keeps.
 
     Args:
         temperature: divides the logits; 0 always takes the most likely token.
@@ -63,24 +59,20 @@ class Sampling:
             probs[:, 0] = 1.0
         else:
             # subtract the largest logit first: a small temperature must not overflow
-            scaled = (ordered - ordered[:, :1]) / max(self.temperature, TINY)
+            scaled = ((ordered - ordered[:, :1]).double() / self.temperature).float()
             if self.top_k is not None:
                 scaled[:, self.top_k :] = -torch.inf
             probs = torch.softmax(scaled, dim=-1)
             if self.top_p is not None:
                 before = probs.cumsum(dim=-1) - probs  # 0 for the most likely token: it stays
-                probs = torch.where(before < max(self.top_p, TINY), probs, 0.0)
+                probs = torch.where(before < self.top_p, probs, 0.0)
             if self.min_p is not None:
                 probs = torch.where(probs >= self.min_p * probs[:, :1], probs, 0.0)
             probs = probs / probs.sum(dim=-1, keepdim=True)
         return torch.empty_like(probs).scatter_(-1, ids, probs)
 
     def sample(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Logits (B, V) to token ids (B,).
-
-        Tokens are drawn on the CPU, so that a seed gives the same text on every device, up to the
-        rounding of the logits.
-        """
+        """Logits (B, V) to token ids (B,), drawn on the CPU: a seed is the same on every device."""
         probs = self.probabilities(logits.cpu())
         if self.temperature == 0:
             return probs.argmax(dim=-1)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.errors import UserError
 from gpt_lightning.model.gpt import GPT, GPTConfig
 from gpt_lightning.model.lecture import Bigram, BigramConfig, LectureConfig, LectureGPT
 
@@ -50,14 +50,12 @@ def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
     settings = dict(settings)
     name = str(settings.pop("name", None))
     if name not in CONFIGS:
-        hint = did_you_mean(name, CONFIGS)
-        raise UserError(f"name={name} is not a model; choose one of {', '.join(CONFIGS)}{hint}")
+        raise UserError(f"name={name} is not a model; choose one of {', '.join(CONFIGS)}")
     types = {field.name: get_args(field.type) or (field.type,) for field in fields(CONFIGS[name])}
     for key, value in settings.items():
         shown = f"{key}={json.dumps(value, default=str)}"
         if key not in types:
-            hint = did_you_mean(key, types)
-            raise UserError(f"{shown} is not a setting of the {name} model{hint}")
+            raise UserError(f"{shown} is not a setting of the {name} model")
         # exact types: a bool is not an int here; an int is a valid float
         if type(value) not in types[key] and not (type(value) is int and float in types[key]):
             names = ["null" if kind is type(None) else kind.__name__ for kind in types[key]]
@@ -67,8 +65,5 @@ def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
 
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters, without the multi-token heads, which generation does not use."""
-    return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if not name.startswith("multi_token_heads.")
-    )
+    named = model.named_parameters()
+    return sum(p.numel() for name, p in named if not name.startswith("multi_token_heads."))

@@ -68,8 +68,7 @@ class GPTConfig:
             raise UserError(f"n_gram={self.n_gram} must be between 2 and 16")
         if self.n_embd % (2 * self.n_head):
             raise UserError(
-                f"n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head}: each head "
-                "takes an equal and even number of channels",
+                f"n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head}"
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
@@ -184,13 +183,8 @@ class GPT(nn.Module):
         self.multi_token_heads = nn.ModuleList(
             nn.Linear(C, V, bias=False) for _ in range(config.multi_token_heads)
         )
-        self.zero_init()
-
-    def zero_init(self) -> None:
-        """Set to zero all heads and all layers whose output is added to the token embeddings.
-
-        The initial predictions are therefore uniform.
-        """
+        # All heads, and all layers whose output is added to the token embeddings, start at zero, so
+        # that the initial predictions are uniform.
         zeros = [self.pair_embedding, *self.ngram_embeddings, self.lm_head, *self.multi_token_heads]
         zeros += [layer.proj for block in self.blocks for layer in (block.attn, block.mlp)]
         for module in zeros:

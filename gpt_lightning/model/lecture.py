@@ -72,14 +72,11 @@ class LectureConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: each head takes "
-                "an equal number of channels",
-            )
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.ffwd > 1 and not self.proj:
             raise UserError(
                 f"ffwd={self.ffwd} requires proj=true, the layer that reduces the feed-forward to "
-                "n_embd channels again; without it, ffwd can be 0 or 1",
+                "n_embd channels again; without it, ffwd can be 0 or 1"
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
@@ -94,9 +91,6 @@ class BigramConfig:
         init_std: standard deviation of the initial weights; null uses torch's own initialization.
         vocab_size: V, number of distinct tokens; 0: filled in from the data.
         block_size: T, length of the windows of data; 0: filled in from the data.
-
-    Raises:
-        UserError: for a value out of range.
     """
 
     name: ClassVar[str] = "bigram"
@@ -220,7 +214,6 @@ class LectureGPT(nn.Module):
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits of the next token for ids (B, T); with a cache, those of the new tokens."""
         start, stop = 0 if cache is None else cache.length, ids.shape[1]
-        assert stop <= self.config.block_size, f"{stop} tokens, block_size {self.config.block_size}"
         positions = torch.arange(start, stop, device=ids.device)
         x = self.token_embedding_table(ids[:, start:]) + self.position_embedding_table(positions)
         for block in self.blocks:
@@ -247,9 +240,8 @@ class Bigram(nn.Module):
     def count(self, pieces: Iterable[torch.Tensor], smoothing: float = 1.0) -> "Bigram":
         """Fill the table with the log probabilities of counted pairs, the optimum of training.
 
-        Args:
-            pieces: token ids (N,) of each contiguous piece of text.
-            smoothing: added to each count, so that a pair that never occurs has a finite loss.
+        `pieces` are the token ids (N,) of contiguous texts. `smoothing` is added to each count, so
+        that a pair that never occurs has a finite loss.
         """
         V = self.config.vocab_size
         counts = torch.zeros(V * V, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.training.saving import optimizer_step_done
+from gpt_lightning.training.saving import find_keeper, optimizer_step_done
 
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
 CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val$", "loss/floor"]]}}
@@ -52,7 +53,6 @@ class TrainingMetrics(Callback):
         self.seconds_before = 0.0  # of training, until the last log line
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        module.clock.start()
         for logger in trainer.loggers:
             logger.log_hyperparams(all_settings(module))
             if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0:
@@ -80,7 +80,8 @@ class TrainingMetrics(Callback):
             "speed/chars_per_second": self.tokens * trainer.world_size / max(seconds, 1e-9),
         }
         for group in trainer.optimizers[0].param_groups:
-            metrics["optimizer/lr_muon" if group.get("muon") else "optimizer/lr"] = group["lr"]
+            name = "optimizer/lr_muon" if group.get("muon") else "optimizer/lr"
+            metrics[name] = float(group["lr"])
         if module.grad_norm is not None:
             metrics["optimizer/grad_norm"] = float(module.grad_norm)
         trainer.callback_metrics["loss/train"] = torch.tensor(loss)  # for the bar
@@ -97,12 +98,13 @@ class TrainingMetrics(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()
-        losses = [getattr(c, "best_val_loss", math.inf) for c in trainer.checkpoint_callbacks]
-        best = min(losses, default=math.inf)
+        keeper = find_keeper(trainer)
+        if keeper is None or keeper.best_val_loss == math.inf:
+            return
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and best < math.inf:
+            if isinstance(logger, TensorBoardLogger):
                 # the settings beside the best loss: a row in TensorBoard's table of runs
-                metrics = {"summary/best_loss": best}
+                metrics = {"summary/best_loss": keeper.best_val_loss}
                 logger.log_hyperparams(all_settings(module), metrics, step=trainer.global_step)
 
 
@@ -112,8 +114,7 @@ def validation_line(trainer: Trainer) -> str:
     parts = [f"step {trainer.global_step}"]
     if "loss/train" in metrics:
         parts.append(f"train {metrics['loss/train']:.4f}")
-    if "loss/val" in metrics:
-        parts.append(f"val {metrics['loss/val']:.4f} nats ({metrics['loss/val_bits']:.4f} bits)")
+    parts.append(f"val {metrics['loss/val']:.4f} nats ({metrics['loss/val_bits']:.4f} bits)")
     if "loss/floor" in metrics:
         parts.append(f"floor {metrics['loss/floor']:.4f}")
     return "  ".join(parts)
@@ -154,8 +155,8 @@ class GenerateText(Callback):
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.every_n_steps, self.prompt = every_n_steps, prompt
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.sampling = Sampling(temperature, top_k)
+        sampling = Sampling(temperature, top_k)
+        self.settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.every_n_steps is None:
@@ -173,12 +174,7 @@ class GenerateText(Callback):
         generator = TextGenerator(module.net, module.data.tokenizer)
         # the text grows by a token a step: torch.compile would compile for each length
         with torch.compiler.set_stance("force_eager"):
-            text = generator.generate(
-                self.prompt,
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-                seed=self.seed,
-            )[0]
+            (text,) = generator.generate(self.prompt, **self.settings)
         title = f" step {trainer.global_step} ".center(72, "-")
         module.print(f"\n{title}\n{text.strip()}\n{'-' * 72}")
         for logger in trainer.loggers:
@@ -201,42 +197,52 @@ class RunProgressBar(TQDMProgressBar):
         metrics = trainer.callback_metrics
         return {short: f"{metrics[n]:.3f}" for n, short in names.items() if n in metrics}
 
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        steps = self.trainer.estimated_stepping_batches
+        bar.total = steps if 0 < steps < math.inf else None  # None: the run has no end
+        bar.initial = self.trainer.global_step
+        return bar
+
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        if trainer.max_steps < 1:
-            super().on_train_epoch_start(trainer)
-        elif self.train_progress_bar.total != trainer.max_steps:
-            self.train_progress_bar.reset(trainer.max_steps)
-            self.train_progress_bar.initial = trainer.global_step
-            self.train_progress_bar.set_description("Training")
+        """Lightning's would start a new bar."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if trainer.max_steps < 1:
-            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        elif self.is_enabled and trainer.global_step % self.refresh_rate == 0:
+        if self.is_enabled and trainer.global_step % self.refresh_rate == 0:
             self.train_progress_bar.n = trainer.global_step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
 
 
-class Predictions(Callback):
-    """Collects what `predict` finds: 5 bytes for each token of a char model.
+class PredictionWriter(Callback):
+    """Streams what `predict` finds to a .npy file: rows of `id`, a token, and `nats`, its cost.
 
     Attributes:
-        ids: (N,) the tokens of the validation windows, in their order.
-        nats: (N,) float32, what each one costs.
+        count, nats: number of tokens written so far, and the sum of their costs.
     """
 
-    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise UserError("predict runs in one process: use --trainer.devices=1")
-        size, self.count = module.data.val_tokens, 0
-        self.ids = np.empty(size, module.data.tokens.dtype)
-        self.nats = np.empty(size, np.float32)
+    def __init__(self, path: Path):
+        self.path, self.count, self.nats = path, 0, 0.0
 
-    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.row = np.dtype([("id", module.data.tokens.dtype), ("nats", np.float32)])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("xb")
+        self.write_header()
+
+    def write_header(self) -> None:
+        """Write a header for `count` rows; numpy pads it, so that a larger count fits later."""
+        description = np.lib.format.dtype_to_descr(self.row)
+        header = {"descr": description, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_2_0(self.file, header)
+
+    def on_predict_batch_end(self, trainer, module, outputs, *_) -> None:
         nats, ids = (part.flatten().cpu().numpy() for part in outputs)
-        place = slice(self.count, self.count + len(ids))
-        self.ids[place], self.nats[place] = ids, nats
-        self.count += len(ids)
+        rows = np.empty(len(ids), self.row)
+        rows["id"], rows["nats"] = ids, nats
+        self.file.write(rows.tobytes())
+        self.count, self.nats = self.count + len(ids), self.nats + float(nats.sum(dtype=float))
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.ids, self.nats = self.ids[: self.count], self.nats[: self.count]
+        self.file.seek(0)
+        self.write_header()
+        self.file.close()

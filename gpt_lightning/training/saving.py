@@ -24,9 +24,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint in one step, so that a killed run always leaves a complete one.
 
     Lightning's own moves the file from $TMPDIR: across file systems a copy, which can be cut short.
-
-    Raises:
-        UserError: if the file cannot be written: a full disk, a read-only folder.
     """
 
     def save_checkpoint(
@@ -39,10 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch's writer raises a RuntimeError when it closes a file that it could not write to
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise UserError(f"{path} could not be written ({reason.strerror or reason})") from error
+            reason = error.__context__ or error
+            raise UserError(f"{path} could not be written ({reason})") from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return read_checkpoint(path)
@@ -51,9 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Interrupted(Exception):
     """Ctrl-C or another signal ended the run after a whole step, and `last.ckpt` is saved."""
 
-    def __init__(self, signum: int, path: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}")
-        self.signum, self.path = signum, path
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
 
 
 def optimizer_step_done(trainer: Trainer, batch_idx: int) -> bool:
@@ -67,8 +62,8 @@ class BestAndLast(Checkpoint):
     `last.ckpt` is saved at the start of the next batch, after any validation. A run that is killed
     in between resumes from the previous checkpoint and repeats the validation.
 
-    The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and raises `Interrupted`. The
-    second one acts at once.
+    The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and raises `Interrupted`. A
+    second Ctrl-C acts at once.
 
     Args:
         every_n_train_steps: optimizer steps between two saves of `last.ckpt`; 0 saves at the end of
@@ -77,11 +72,6 @@ class BestAndLast(Checkpoint):
 
     Raises:
         UserError: if the folder holds another run's checkpoints, or another process trains there.
-
-    Attributes:
-        best_val_loss: lowest loss/val so far.
-        best_step: its step.
-        newest: the newest checkpoint of this run and its step; None before the first one.
     """
 
     def __init__(self, every_n_train_steps: int = 300, folder: Path | None = None):
@@ -90,7 +80,7 @@ class BestAndLast(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.best_val_loss, self.best_step = math.inf, 0
         self.folder = folder
-        self.newest: tuple[Path, int] | None = None
+        self.newest: tuple[Path, int] | None = None  # checkpoint of this run, and its step
         self.saved_step = 0  # of last.ckpt; the step that the run starts at needs no save
         self.lock: filelock.BaseFileLock | None = None
         self.signum: int | None = None
@@ -116,20 +106,16 @@ class BestAndLast(Checkpoint):
         if self.folder is None:
             self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         self.folder = trainer.strategy.broadcast(self.folder)  # the first process chose it
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+        if stage == "fit" and trainer.is_global_zero:
             self.claim(self.folder)
 
     def claim(self, folder: Path) -> None:
-        """Lock `folder` until the run ends: two runs would mix their files.
-
-        Raises:
-            UserError: if another process holds it.
-        """
+        """Lock `folder` until the run ends: two runs would mix their files."""
         if self.lock is not None:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             self.lock = lock
         except filelock.Timeout:
@@ -137,14 +123,10 @@ class BestAndLast(Checkpoint):
                 f"another process trains in {folder.parent}; wait for its end, or choose another "
                 "default_root_dir"
             ) from None
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror})") from error
         except NotImplementedError:  # some network file systems have no locks
             pass
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
         self.saved_step, self.signum = trainer.global_step, None
         if trainer.ckpt_path is not None:
             self.newest = Path(trainer.ckpt_path), trainer.global_step
@@ -164,15 +146,14 @@ class BestAndLast(Checkpoint):
 
     def keep_later_checkpoints(self, trainer: Trainer) -> None:
         """Rename the checkpoints of later steps, if the run resumes from an earlier one."""
-        now = trainer.global_step
         if Path(trainer.ckpt_path).resolve() == self.last_path.resolve():
             return  # best.ckpt may be newer if the run was killed; it is saved again
         for path in (self.last_path, self.best_path):
             with contextlib.suppress(UserError):  # missing or damaged: nothing to keep
                 step = read_checkpoint(path)["global_step"]
-                if step > now:
+                if step > trainer.global_step:
                     kept = path.replace(path.with_name(f"{path.stem}-step{step}.ckpt"))
-                    print(f"Resuming from step {now}; {path.name} is kept as {kept}")
+                    print(f"Resuming from an earlier step; {path.name} is kept as {kept}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step > self.saved_step:
@@ -182,9 +163,7 @@ class BestAndLast(Checkpoint):
         self.teardown(trainer, module, "fit")
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        for signum, handler in self.old_handlers.items():
-            signal.signal(signum, handler)
-        self.old_handlers = {}
+        self.restore_handlers()
         if self.lock is not None:
             self.lock.release()
             self.lock = None
@@ -192,14 +171,16 @@ class BestAndLast(Checkpoint):
     # signals
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:
-            default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-            signal.signal(signum, default)
-            signal.raise_signal(signum)
         self.signum = signum
+        self.restore_handlers()  # for a second signal
         if rank_zero_only.rank == 0:
             with contextlib.suppress(OSError):  # after a SIGHUP the terminal is gone
-                sys.stderr.write("\nStopping after this step; send it again to stop at once.\n")
+                sys.stderr.write("\nStopping after this step; press Ctrl-C to stop at once.\n")
+
+    def restore_handlers(self) -> None:
+        for signum, handler in self.old_handlers.items():
+            signal.signal(signum, handler)
+        self.old_handlers = {}
 
     def stop_requested(self, trainer: Trainer) -> bool:
         """Whether any process of the run got a signal; all must ask at the same step."""
@@ -234,22 +215,17 @@ class BestAndLast(Checkpoint):
         if stop or (every and step % every == 0):
             self.save(trainer, self.last_path)
         if stop:
-            raise Interrupted(self.signum or signal.SIGTERM, self.last_path)
+            raise Interrupted(self.signum or signal.SIGTERM)
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict[str, Any]) -> None:
-        """Correct the batch counter.
-
-        Lightning increments `ready` before `on_train_batch_start`, where we save, and does not
-        correct the total on resume: validations would come one batch early.
-        """
+        # Lightning increments `ready` before `on_train_batch_start`, where we save, and does not
+        # correct the total on resume: validations would come one batch early.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         total = progress["total"]
         if total["ready"] > total["started"]:
             total["ready"], progress["is_last_batch"] = total["completed"], False
 
     def save(self, trainer: Trainer, path: Path) -> None:
-        if trainer.fast_dev_run:
-            return
         trainer.lightning_module.check_finite(trainer.global_step)
         for logger in trainer.loggers:
             logger.save()  # no checkpoint may be ahead of the curves on disk
@@ -257,3 +233,8 @@ class BestAndLast(Checkpoint):
         self.newest = path, trainer.global_step
         if path == self.last_path:
             self.saved_step = trainer.global_step
+
+
+def find_keeper(trainer: Trainer) -> BestAndLast | None:
+    """The Trainer's `BestAndLast`, if it has one."""
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
