@@ -277,6 +277,17 @@ def test_compiling_keeps_the_names_of_the_weights(data):
     assert list(plain.state_dict()) == list(compiled.state_dict())
 
 
+def test_a_missing_compiler_is_a_users_mistake(data, monkeypatch):
+    def fails(function):
+        raise RuntimeError("no compiler\nand a long explanation")
+
+    dm = data()
+    model = module(dm, compile=True)
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(UserError, match=r"^compile=true: .*\(no compiler\)"):
+        trainer(max_steps=1).fit(model, dm)
+
+
 def test_a_plain_trainers_checkpoint_loads_in_lightning_and_in_the_generator(data, tmp_path):
     dm = data()
     model = module(dm)

@@ -138,6 +138,8 @@ class GPTModule(LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
+        if self.hparams.compile:
+            check_compiler(self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
@@ -379,6 +381,18 @@ class GPTModule(LightningModule):
 def cross_entropy(logits: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Nats that tokens y (B, T) cost under logits (B, T, V), computed in fp32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise a UserError if torch.compile cannot compile a sum: most often a compiler is missing."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch raises many types here, which are private
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"compile=true: torch.compile does not work on this machine ({reason}); it needs a C++ "
+            "compiler, and Triton for a GPU. Drop compile to train without it"
+        ) from error
 
 
 def seed_dropout(device: torch.device, key: tuple[int, ...]) -> None:
