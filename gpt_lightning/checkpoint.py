@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
@@ -219,8 +220,11 @@ def read_newest_intact(which: str | Path, root: str | Path = ".") -> tuple[Path,
 
 def shell_command(command: str, path: Path, *flags: str) -> str:
     """The command that uses this checkpoint, to copy into a shell."""
-    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return f"{COMMAND} {command} {quote([f'--ckpt_path={path.as_posix()}', *flags])}"
+    return f"{COMMAND} {command} {quoted(f'--ckpt_path={path.as_posix()}', *flags)}"
+
+
+def quoted(*words: str) -> str:
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(words)
 
 
 # --- describing -----------------------------------------------------------------------------------
@@ -284,6 +288,7 @@ def check_compatible(
 
 SECTIONS = ("data", "model", "sample", "checkpoint", "trainer")
 CLASSES = re.compile(r"lightning\.pytorch\.(callbacks|loggers|profilers|strategies)\.[A-Z]\w*")
+TEXTS = ("dirpath", "filename", "monitor", "name", "save_dir")  # arguments of theirs: always text
 
 
 def trusted_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -300,27 +305,45 @@ def trusted_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
         restored["seed_everything"] = settings["seed_everything"]
     for key in {*given, "default_root_dir"}:
         restored["trainer"].pop(key, None)
-    for key, value in restored["trainer"].items():
-        if not _is_plain(value):
-            raise UserError(
-                f"--trainer.{key}=...: the checkpoint's setting could name code, which is not "
-                f"loaded from a file; give --trainer.{key} again, or a --config that has it"
-            )
+    if flags := flags_to_repeat(restored):
+        raise UserError(
+            "the checkpoint's settings name code, which is not loaded from a file; if you trust "
+            f"them, give them again: {quoted(*flags)}"
+        )
     return restored
 
 
-def _is_plain(setting: Any) -> bool:
+def flags_to_repeat(settings: dict[str, Any]) -> list[str]:
+    """The flags that a resume must give again, because `trusted_settings` does not take them."""
+    flags = []
+    for key, value in settings.get("trainer", {}).items():
+        items, sign = (value, "+=") if isinstance(value, list) else ([value], "=")
+        for item in items:
+            if not is_plain(item):
+                bare = isinstance(item, dict) and item.keys() == {"class_path"}
+                text = item["class_path"] if bare else json.dumps(item)
+                flags.append(f"--trainer.{key}{sign}{text}")
+    return flags
+
+
+def is_plain(setting: Any) -> bool:
     """Whether no string in a setting could make the command line import code or read a file."""
     if isinstance(setting, dict):
         name = setting.get("class_path")
         if name is not None and not CLASSES.fullmatch(str(name)):
             return False
-        setting = [*setting, *setting.values()]
+        texts = {key for key in TEXTS if isinstance(setting.get(key), str)}
+        setting = [*setting, *(setting[key] for key in setting.keys() - texts)]
     if isinstance(setting, list | tuple):
-        return all(map(_is_plain, setting))
+        return all(map(is_plain, setting))
     if not isinstance(setting, str) or CLASSES.fullmatch(setting):
         return True
-    # jsonargparse imports a dotted name, and reads files and quoted YAML, which could contain one
-    modules = re.findall(r"(?<![\w.])([^\W\d]\w*)\.[^\W\d]", setting)
-    imports = any(name in sys.modules or importlib.util.find_spec(name) for name in modules)
-    return not imports and '"' not in setting and not os.path.isfile(os.path.expanduser(setting))
+    # jsonargparse imports a dotted name, and reads YAML and files, which could contain one
+    with contextlib.suppress(yaml.YAMLError, ValueError):
+        if (parsed := yaml.safe_load(setting)) != setting:
+            return is_plain(parsed)
+    module, dot, _ = setting.partition(".")
+    imports = dot and module.isidentifier() and re.fullmatch(r"[\w.]+", setting)
+    if imports and (module in sys.modules or importlib.util.find_spec(module)):
+        return False
+    return not os.path.isfile(os.path.expanduser(setting))

@@ -7,7 +7,8 @@
 import argparse
 import os
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
 
 from gpt_lightning import __version__
 from gpt_lightning.errors import UserError, did_you_mean, with_flags
@@ -19,6 +20,13 @@ COMMANDS = {
     "predict": "cost in nats of each held-out character, to a file",
     "generate": "generate text from a checkpoint",
     "climb": "train every rung of the lecture's ladder, several seeds each: a table and a picture",
+}
+
+GUESSES = {  # commands of other programs
+    **dict.fromkeys(("train", "training", "finetune", "resume"), "fit"),
+    **dict.fromkeys(("eval", "evaluate", "val", "score"), "validate"),
+    **dict.fromkeys(("sample", "infer", "inference", "write", "chat", "complete"), "generate"),
+    **dict.fromkeys(("ladder", "sweep", "seeds"), "climb"),
 }
 
 HELP = f"""\
@@ -41,16 +49,19 @@ python -m gpt_lightning COMMAND --help lists the flags of a command.
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; ends the process with its exit code, 2 for a user's mistake."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, or there is no console
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
+            encoding = None if stream.isatty() else "utf-8"  # a terminal keeps its own
+            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
     try:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         sys.exit(code or 0)
     except BrokenPipeError:  # `generate | head`
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -59,6 +70,35 @@ def main(argv: list[str] | None = None) -> None:
         line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what is written to a stream from now on."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Unbroken:
+    """A stream that may lose its reader (`fit | head`): the run goes on without it."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            discard(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            discard(self.stream)
 
 
 def run(argv: list[str]) -> int | None:
@@ -71,17 +111,26 @@ def run(argv: list[str]) -> int | None:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        hint = did_you_mean(command, COMMANDS)
+        guess = GUESSES.get(command.lower())
+        hint = f"; did you mean {guess}?" if guess else did_you_mean(command, COMMANDS)
         raise UserError(f"unknown command {command!r}{hint} (choose from {', '.join(COMMANDS)})")
     if command == "generate":
         return generate(flags)
+    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
+        code = run_with_lightning(command, flags)
+        sys.stdout.flush()
+    return code
+
+
+def run_with_lightning(command: str, flags: list[str]) -> int | None:
+    """The commands that import Lightning."""
     if command == "climb":
         from gpt_lightning.ladder import climb
 
         return climb(flags)
     from gpt_lightning.lightning_cli import run_trainer
 
-    return run_trainer(argv, COMMANDS[command])
+    return run_trainer([command, *flags], COMMANDS[command])
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +176,7 @@ def generate(argv: list[str]) -> None:
     """`generate`: from flags to text on standard output."""
     args = generate_parser().parse_args(argv)
     flags = {name: f"--{name}" for name in vars(args)}
-    if args.prompt_file:
+    if args.prompt_file is not None:
         flags["prompt"] = f"--prompt_file={args.prompt_file}"
     try:
         generate_text(args)
@@ -148,7 +197,7 @@ def generate_text(args: argparse.Namespace) -> None:
         "num_samples": args.num_samples,
         "stop": args.stop,
     }
-    prompt = read_file(args.prompt_file) if args.prompt_file else args.prompt
+    prompt = args.prompt if args.prompt_file is None else read_file(args.prompt_file)
     device = pick_device(args.device)
     path, checkpoint = read_newest_intact(args.ckpt_path, args.root)
     model, tokenizer = model_and_tokenizer(checkpoint, path, args.unknown)
@@ -161,6 +210,8 @@ def generate_text(args: argparse.Namespace) -> None:
             if args.num_samples > 1:
                 print(f"--- {i} of {args.num_samples} ---")
             print(text)
+    if not os.path.isfile(args.ckpt_path):
+        print(f"checkpoint {path}, step {checkpoint['global_step']:,}", file=sys.stderr)
 
 
 def print_stream(prompt: str, pieces) -> None:
@@ -176,7 +227,10 @@ def read_file(path: str) -> str:
     try:
         with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 text ({error.reason}); convert it to UTF-8"
+        raise UserError(f"--prompt_file={path} {message}") from None
+    except OSError as error:
         raise UserError(f"--prompt_file={path} cannot be read: {error}") from None
 
 

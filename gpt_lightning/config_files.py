@@ -50,8 +50,8 @@ def load_config(path: Path) -> dict[str, Any]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file as a dict; an empty file gives an empty one."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(path.read_bytes())  # UTF-8 or, with a byte-order mark, UTF-16
+    except yaml.YAMLError as error:
         raise UserError(f"config={path} cannot be read: {error}") from error
     if not isinstance(settings, dict | None):
         raise UserError(f"config={path} must contain sections such as `model:`")

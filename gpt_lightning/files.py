@@ -1,6 +1,7 @@
 """Files written completely or not at all, digests, and the cache folder."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import time
@@ -27,11 +28,20 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(file: BinaryIO) -> None:
+    """`os.fsync`, where the file system has it: some network and user-space ones refuse."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _replace(source: Path, target: Path) -> None:

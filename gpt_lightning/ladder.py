@@ -74,6 +74,12 @@ def spread(values: list[float]) -> float | None:
 def climb(argv: list[str]) -> int:
     """The command `climb`; returns its exit code."""
     args, flags = build_parser().parse_known_args(argv)
+    for flag in flags:
+        if flag.split("=")[0] in ("--seed_everything", "--ckpt_path"):
+            raise UserError(
+                f"{flag} is not a flag of climb: --seeds gives the seeds, and the same command "
+                "resumes an interrupted climb"
+            )
     seeds, names = args.seeds.split(","), args.rungs and args.rungs.split(",")
     rows: list[Row] = []
     for rung in find_rungs(args.configs, names):

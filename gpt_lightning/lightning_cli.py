@@ -7,7 +7,14 @@
 3. The command runs, and the settings are stored in the run's folder and in its checkpoints.
 """
 
+import csv
+import inspect
+import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import suppress
@@ -17,11 +24,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,6 +38,8 @@ from gpt_lightning.checkpoint import (
     KEY,
     LOGS,
     check_compatible,
+    flags_to_repeat,
+    is_plain,
     read_newest_intact,
     shell_command,
 )
@@ -37,14 +48,21 @@ from gpt_lightning.errors import UserError, with_flags
 from gpt_lightning.model import CONFIGS, config_from_dict
 from gpt_lightning.settings import (
     Settings,
+    as_list,
     build_parser,
     check_trainer_settings,
     choose_length,
+    class_path,
     flag_names,
     parse,
     restore,
 )
-from gpt_lightning.training.callbacks import GenerateText, PredictionWriter, RunProgressBar
+from gpt_lightning.training.callbacks import (
+    GenerateText,
+    PredictionWriter,
+    RunProgressBar,
+    validation_line,
+)
 from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
@@ -84,6 +102,7 @@ def silence_lightning() -> None:
         ".*smaller than the logging interval.*",
         ".*sync_dist=True.*",  # what is logged is already reduced over processes
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*Previous log files in this directory will be deleted.*",  # see `keep_rows`
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -96,15 +115,26 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     path, checkpoint, which = None, None, settings.get("ckpt_path")
     if which is None and command != "fit":
         which = "best"
+    root = settings["trainer"].get("default_root_dir") or "."
+    note = None
+    if which is None and folder is None and SLURMEnvironment.detect():
+        note = slurm_note(settings)
+        which = requeued_checkpoint(note, Path(root))
     if which is not None:
-        root = settings["trainer"].get("default_root_dir") or "."
         path, checkpoint = read_newest_intact(which, root)
         settings = restore(parser, argv, settings, checkpoint)
     run = build(parser, command, settings, path, checkpoint, folder)
+    run.slurm_note = note
     try:
         {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
     except Interrupted as stop:
         return 128 + stop.signum
+    except torch.OutOfMemoryError as error:
+        sizes = run.data.hparams
+        raise UserError(
+            f"out of memory: a smaller value than batch_size={sizes.batch_size} or "
+            f"block_size={sizes.block_size} needs less"
+        ) from error
     return 0
 
 
@@ -119,6 +149,8 @@ class Run:
     trainer: Trainer
     path: Path | None  # the checkpoint it starts from
     first_step: int
+    folder: Path | None  # of the run that is trained
+    slurm_note: str | None = None  # see `slurm_note`
 
 
 # building
@@ -140,12 +172,14 @@ def build(
     module = build_module(settings["model"], data, seed)
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
     settings["model"] = module.settings()["model"]
-    settings["trainer"] = options = {**TRAINER_DEFAULTS, **settings["trainer"]}
+    barebones = settings["trainer"].get("barebones", False)
+    defaults = TRAINER_DEFAULTS | ({"log_every_n_steps": None} if barebones else {})
+    settings["trainer"] = options = {**defaults, **settings["trainer"]}
     first_step = checkpoint["global_step"] if checkpoint else 0
     if checkpoint is not None:
         ours = module.describe(data)
         check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
-    reason, logger = "", None
+    reason, changes, loggers = "", {}, {}
     if command == "fit":
         check_trainer_settings(options, first_step)
         device, world_size = probe_hardware(parser, options)
@@ -153,23 +187,27 @@ def build(
         if options.get("precision") is None:
             width = getattr(module.config, "n_embd", 0)
             options["precision"], reason = choose_precision(device, width)
-        if not options.get("fast_dev_run"):
+        if not (options.get("fast_dev_run") or barebones):
             if path is not None and path.parent.name == "checkpoints":
                 folder = path.parent.parent
             elif folder is None:
                 folder = new_run_folder(Path(options.get("default_root_dir") or ".") / LOGS)
-            logger = TensorBoardLogger(
-                folder.parent.parent,
-                name=folder.parent.name,
-                version=folder.name,
+            place = (folder.parent.parent, folder.parent.name, folder.name)
+            loggers["csv"] = CSVLogger(*place)
+            loggers["tensorboard"] = TensorBoardLogger(
+                *place,
                 default_hp_metric=False,
                 purge_step=first_step + 1,  # hides what a killed run logged after its checkpoint
                 flush_secs=10,
             )
+            if checkpoint is not None and path.parent.parent == folder:
+                changes["logger"] = resumed_loggers(options.get("logger"), checkpoint)
+        # in a SLURM job, Lightning resumes from any hpc_ckpt_*.ckpt in the default_root_dir
+        changes["default_root_dir"] = str(folder or Path(LOGS))
     callbacks = own_callbacks(command, settings, reason, folder)
-    trainer = build_trainer(parser, options, callbacks, logger)
-    module.run_settings = {k: v for k, v in settings.items() if k != "ckpt_path"}
-    return Run(command, settings, data, module, trainer, path, first_step)
+    trainer = build_trainer(parser, {**options, **changes}, callbacks, loggers)
+    module.run_settings = deepcopy({k: v for k, v in settings.items() if k != "ckpt_path"})
+    return Run(command, settings, data, module, trainer, path, first_step, folder)
 
 
 def build_module(given: dict[str, Any], data: TextDataModule, seed: int) -> GPTModule:
@@ -188,7 +226,14 @@ def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str
     """Device type and number of processes of a Trainer with these settings."""
     names = ("accelerator", "devices", "num_nodes", "strategy")
     chosen = {name: trainer[name] for name in names if name in trainer}
-    probe = build_trainer(parser, {**chosen, "barebones": True}, [], None)
+    probe = build_trainer(parser, {**chosen, "barebones": True}, [], {})
+    environment = getattr(probe.strategy, "cluster_environment", None)
+    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    if probe.num_nodes > 1 and alone:
+        raise UserError(
+            f"--trainer.num_nodes={probe.num_nodes} would wait for the other nodes: start it with "
+            "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
+        )
     return probe.strategy.root_device.type, probe.world_size
 
 
@@ -196,19 +241,32 @@ def build_trainer(
     parser: ArgumentParser,
     settings: dict[str, Any],
     callbacks: list[Callback],
-    logger: TensorBoardLogger | None,
+    loggers: dict[str, Logger],
 ) -> Trainer:
-    """The Trainer, with the user's own objects built from their settings."""
+    """The Trainer, with the user's own objects built from their settings.
+
+    `loggers` has those that a setting may give by their short names.
+    """
     namespace = parser.parse_object({"trainer": deepcopy(settings)}, defaults=False)
     # errors of a user's own class keep their traceback, so its objects are built out here
-    values = vars(parser.instantiate(namespace).trainer)
+    try:
+        values = vars(parser.instantiate(namespace).trainer)
+    except ValueError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ModuleNotFoundError) and cause.name is None:  # Lightning's own words
+            raise UserError(str(cause)) from error
+        raise
     given = as_list(values.get("callbacks"))
     if any(isinstance(callback, ProgressBar) for callback in given):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
     values["callbacks"] = [*callbacks, *given]
     values["plugins"] = [*as_list(values.get("plugins")), AtomicCheckpointIO()]
-    if values.get("logger") in (None, True):
-        values["logger"] = logger or False
+    if (logger := values.get("logger")) in (None, True):
+        logger = "tensorboard"
+    named = [loggers.get(one) if isinstance(one, str) else one for one in as_list(logger)]
+    values["logger"] = [one for one in named if one] or False
     try:
         return Trainer(**values)
     except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
@@ -216,18 +274,13 @@ def build_trainer(
         raise UserError(f"{error} ({flags})") from error
 
 
-def as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
 def own_callbacks(
     command: str, settings: Settings, precision_reason: str, folder: Path | None
 ) -> list[Callback]:
     """Ours; the module adds `TrainingMetrics`."""
     callbacks: list[Callback] = []
-    if settings["trainer"].get("enable_progress_bar", True):
+    barebones = settings["trainer"].get("barebones", False)
+    if settings["trainer"].get("enable_progress_bar", not barebones):
         callbacks.append(RunProgressBar())
     if command == "fit":
         callbacks.append(Introduction(settings, precision_reason, folder))
@@ -247,12 +300,16 @@ def new_run_folder(parent: Path) -> Path:
         return parent / "version"
     folder = parent
     try:
+        str(parent).encode()  # TensorBoard takes no other names
         folder.mkdir(parents=True, exist_ok=True)
         for number in count():
             folder = parent / f"version_{number}"
             with suppress(FileExistsError):
                 folder.mkdir()
                 return folder
+    except UnicodeEncodeError as error:
+        root = parent.parent
+        raise UserError(f"default_root_dir={root} is not UTF-8; choose another name") from error
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
 
@@ -265,25 +322,115 @@ def fit(run: Run) -> None:
     keeper = find_keeper(trainer)
     check_prompt(run)
     if keeper is not None and trainer.is_global_zero:
-        keeper.claim(keeper.folder)  # before the Trainer opens the logger, which writes there
+        keeper.claim(keeper.folder)  # before the Trainer opens the loggers, which write there
+    note = run.folder / SLURM_NOTE if run.folder and run.slurm_note else None
+    if run.folder is not None and trainer.is_global_zero:
+        open_loggers(run)
+        if note is not None:
+            note.write_text(run.slurm_note, encoding="utf-8")
     began = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=run.path)
     except SystemExit:  # how Lightning ends at a second Ctrl-C
         raise KeyboardInterrupt from None
-    except BaseException:
+    except BaseException as error:
         if keeper is not None and keeper.newest is not None and rank_zero_only.rank == 0:
             path, step = keeper.newest
-            resume = shell_command("fit", path)
+            resume = shell_command("fit", path, *flags_to_repeat(run.settings))
             print(f"Step {step:,} is saved.\nResume with: {resume}", flush=True)
+            if isinstance(error, Interrupted) and error.signum == REQUEUE_SIGNAL:
+                requeue()
         raise
     if trainer.global_step == run.first_step:
         raise UserError(
             "no step was taken: --trainer.max_epochs or --trainer.max_time has been reached"
         )
     if trainer.is_global_zero:
+        if note is not None:
+            note.unlink(missing_ok=True)
         seconds = time.perf_counter() - began
         print(closing_table(trainer, module, data, seconds, run.first_step), flush=True)
+
+
+# a SLURM job that is requeued runs the same command again
+
+REQUEUE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
+SLURM_NOTE = "slurm.json"  # in the folder of a run that has not reached its end
+
+
+def slurm_note(settings: Settings) -> str:
+    """The job and what identifies a run in it: the given settings that affect the weights."""
+    trainer = {k: v for k, v in settings["trainer"].items() if k != "max_time"}
+    names = ("seed_everything", "data", "model")
+    run = {name: settings.get(name) for name in names} | {"trainer": trainer}
+    return json.dumps({"job": slurm_job(), **run}, sort_keys=True)
+
+
+def slurm_job() -> str:
+    names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    array = [os.environ[name] for name in names if name in os.environ]
+    return "_".join(array) or os.environ.get("SLURM_JOB_ID", "")
+
+
+def requeued_checkpoint(note: str, root: Path) -> str | None:
+    """The last checkpoint of the run with this note, or None if there is none."""
+    for path in root.glob(f"{LOGS}/*/{SLURM_NOTE}"):
+        last = path.parent / "checkpoints" / "last.ckpt"
+        if last.exists() and path.read_text(encoding="utf-8") == note:
+            return str(last)
+    return None
+
+
+def requeue() -> None:
+    try:
+        subprocess.run(["scontrol", "requeue", slurm_job()], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"the SLURM job could not be requeued ({error})", file=sys.stderr)
+
+
+# loggers that go on in the place of the run that is resumed
+
+RUN_ARGUMENTS = ("version", "run_id", "experiment_key")  # one of them is its run, for each class
+
+
+def open_loggers(run: Run) -> None:
+    """Open the loggers, and note for the checkpoints which run of its logger this one is."""
+    runs = run.module.run_settings["logger_runs"] = []
+    for logger in run.trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            keep_rows(logger, run.first_step)
+        getattr(logger, "experiment", None)  # opens it; some have no version before
+        known = inspect.signature(type(logger)).parameters
+        runs.append({name: logger.version for name in RUN_ARGUMENTS if name in known})
+
+
+def resumed_loggers(settings: Any, checkpoint: dict[str, Any]) -> Any:
+    """The settings of the loggers, with the runs that `open_loggers` noted in the checkpoint."""
+    resumed, stored = deepcopy(settings), checkpoint[KEY]["settings"]
+    before = as_list(stored["trainer"].get("logger"))
+    runs = stored.get("logger_runs", [])
+    for one, same, run in zip(as_list(resumed), before, runs, strict=False):
+        if isinstance(one, dict) and class_path(one) == class_path(same) and is_plain(run):
+            one["init_args"] = {**run, **one.get("init_args", {})}
+    return resumed
+
+
+def keep_rows(logger: CSVLogger, first_step: int) -> None:
+    """Keep the rows of the steps before `first_step` in metrics.csv; CSVLogger deletes the file.
+
+    If there are later rows, the whole old file is kept under another name.
+    """
+    path = Path(logger.log_dir, "metrics.csv")
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for row in rows if int(row["step"]) <= first_step]
+    old = path.replace(path.with_name(f"metrics-step{max(int(row['step']) for row in rows)}.csv"))
+    logger.experiment.metrics = kept
+    logger.save()
+    if kept == rows:
+        old.unlink()
 
 
 def check_prompt(run: Run) -> None:
@@ -295,14 +442,17 @@ def check_prompt(run: Run) -> None:
 
 
 def validate(run: Run) -> None:
-    """`validate` and `test`: the exact loss, which the Trainer prints as a table."""
-    data = run.data
-    if run.trainer.is_global_zero:
-        part = f"{data.val_tokens:,} of {len(data.tokens):,} tokens, held out"
+    """`validate` and `test`: the exact loss, in the Trainer's table and in a line as `fit` does."""
+    data, trainer = run.data, run.trainer
+    if trainer.is_global_zero:
+        share = f"{data.val_tokens:,} of {len(data.tokens):,} tokens, held out"
         fraction = f"--data.val_fraction={data.hparams.val_fraction}"
-        print(f"text   {data.corpus.name}: {part} ({fraction})")
-    evaluate = run.trainer.test if run.command == "test" else run.trainer.validate
+        print(f"model  {run.path}")
+        print(f"text   {data.corpus.name}: {share} ({fraction})", flush=True)
+    evaluate, part = (trainer.test, "test") if run.command == "test" else (trainer.validate, "val")
     evaluate(run.module, data, ckpt_path=run.path)
+    if trainer.is_global_zero and f"loss/{part}" in trainer.callback_metrics:
+        print(validation_line(trainer.callback_metrics, run.first_step, part))
 
 
 def predict(run: Run) -> None:

@@ -5,12 +5,14 @@ is one that was not given. `choose_length` then chooses the settings that depend
 """
 
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 
 from gpt_lightning.checkpoint import COMMAND, KEY, SECTIONS, trusted_settings
 from gpt_lightning.config_files import expand_configs
@@ -26,6 +28,16 @@ STEPS = 1000  # of a run whose length is not given: a minute or two on two cores
 EPOCHS = 3  # of a short text: longer runs overfit (docs/experiments.md)
 FEWEST_STEPS = 40
 VALIDATION_STEPS = 250
+GUESSES = {  # for flags of other programs
+    "--seed": "; did you mean --seed_everything?",
+    "--seeds": "; `climb` trains with several seeds",
+}
+LOGGERS = {  # the name of a package, which is also the short name of its logger, and the class
+    "csv": "CSVLogger",
+    "tensorboard": "TensorBoardLogger",
+    "wandb": "WandbLogger",
+    "mlflow": "MLFlowLogger",
+}
 
 Settings = dict[str, Any]  # "seed_everything", "ckpt_path" and a dict for each of SECTIONS
 
@@ -51,7 +63,11 @@ def build_parser(command: str, description: str = "") -> ArgumentParser:
     add_class(GPTModule, "model", skip={"model", "optimizer", "seed"}, instantiate=False)
     add_class(GenerateText, "sample", instantiate=False)
     add_class(BestAndLast, "checkpoint", skip={"folder"}, instantiate=False)
-    add_class(Trainer, "trainer", instantiate=False, sub_configs=True, fail_untyped=False)
+    options = {"sub_configs": True, "fail_untyped": False, "skip": {"logger"}}
+    add_class(Trainer, "trainer", instantiate=False, **options)
+    one = Literal[tuple(LOGGERS)] | Logger
+    logger_help = "csv or tensorboard, in the run's folder; wandb, mlflow, a class; false: none"
+    add("--trainer.logger", type=one | list[one] | bool | None, help=logger_help)
     return parser
 
 
@@ -70,6 +86,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None) -> Settings:
     """The settings that are given: flags over configs over `base`. No defaults."""
     expanded = expand_configs(argv)
+    if any(arg.startswith("--trainer.logger.") for arg in argv):  # arguments of the class
+        classes = {f"--trainer.logger={k}": f"--trainer.logger={v}" for k, v in LOGGERS.items()}
+        expanded = [classes.get(arg, arg) for arg in expanded]
     if base is not None:
         expanded.insert(0, "--config=" + yaml.safe_dump(base, allow_unicode=True))
     try:
@@ -79,7 +98,24 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     text = parser.dump(namespace, skip_unset=False, skip_validation=True)
     given = yaml.safe_load(text) or {}  # plain types only
     given.pop("config", None)
-    return {**given, **{section: given.get(section) or {} for section in SECTIONS}}
+    settings = {**given, **{section: given.get(section) or {} for section in SECTIONS}}
+    if logger := settings["trainer"].get("logger"):
+        several = isinstance(logger, list)
+        settings["trainer"]["logger"] = (
+            [full_logger(one) for one in logger] if several else full_logger(logger)
+        )
+    return settings
+
+
+def full_logger(logger: str | dict[str, Any] | bool) -> str | dict[str, Any] | bool:
+    """The setting of one logger, its class in place of `wandb` and `mlflow`."""
+    name = logger["class_path"].split(".")[-1] if isinstance(logger, dict) else logger
+    for package, class_name in LOGGERS.items():
+        if name in (package, class_name) and find_spec(package) is None:
+            raise UserError(f"--trainer.logger={name} needs a package: pip install {package}")
+    if logger in ("wandb", "mlflow"):
+        return {"class_path": f"lightning.pytorch.loggers.{LOGGERS[logger]}"}
+    return logger
 
 
 def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
@@ -89,7 +125,8 @@ def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
         flag = arg.split("=")[0].removesuffix("+")
         nested = any(flag.startswith(f"{name}.") for name in known)
         if flag.startswith("--") and flag not in known and not nested:
-            return f"unknown flag {flag}{did_you_mean(flag, known)}"
+            hint = GUESSES.get(flag) or did_you_mean(flag, known)
+            return f"unknown flag {flag}{hint}"
     return None
 
 
@@ -104,15 +141,25 @@ def restore(
 ) -> Settings:
     """The settings that the checkpoint was trained with, overridden by those that are given."""
     command, entry = argv[0], checkpoint[KEY]
-    given = set(settings["trainer"])
-    if any(arg.startswith("--trainer.callbacks+") for arg in argv):
-        given -= {"callbacks"}  # they are added to the checkpoint's
+    given, trainer = set(settings["trainer"]), dict(entry["settings"].get("trainer", {}))
+    for key in list(given):
+        if any(arg.startswith(f"--trainer.{key}+") for arg in argv):
+            # added to the checkpoint's; an object whose class is given again replaces that one
+            again = [class_path(item) for item in as_list(settings["trainer"][key])]
+            kept = [item for item in as_list(trainer.get(key)) if class_path(item) not in again]
+            trainer[key] = kept
+            given -= {key}
     if given & {"max_steps", "max_epochs"}:
         given |= {"max_steps", "max_epochs"}  # the run is to be as long as the user says
-    stored = trusted_settings(entry["settings"], given)
+    if command != "fit":
+        given |= {"callbacks", "logger"}  # those of the training
+    stored = trusted_settings({**entry["settings"], "trainer": trainer}, given)
     if command != "fit":  # any text may be given, in the checkpoint's vocabulary
         stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
+    # YAML takes no file names that are not UTF-8
+    corpus = str(stored["data"].pop("corpus", "playwright"))
     restored = parse(parser, argv[1:], base=stored)
+    restored["data"].setdefault("corpus", corpus)
     before, now = (part["model"].get("optimizer", "muon") for part in (stored, restored))
     if command == "fit" and before != now:
         raise UserError(
@@ -120,6 +167,16 @@ def restore(
             "checkpoint; drop the flag, or start a new run without --ckpt_path"
         )
     return restored
+
+
+def as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def class_path(item: Any) -> Any:
+    return item.get("class_path") if isinstance(item, dict) else item
 
 
 def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import random
@@ -22,6 +23,7 @@ from gpt_lightning.checkpoint import (
     check_compatible,
     describe,
     find_checkpoint,
+    flags_to_repeat,
     load_model,
     model_and_tokenizer,
     read_checkpoint,
@@ -380,9 +382,11 @@ ABORT = {"class_path": f"{CALLBACKS}.LambdaCallback", "init_args": {"on_fit_star
 
 def test_the_settings_of_a_checkpoint_are_restored():
     saving = {"class_path": f"{CALLBACKS}.ModelCheckpoint",
-              "init_args": {"filename": "{val/loss:.2f}", "dirpath": "my_run.v2"}}  # fmt: skip
+              "init_args": {"filename": "{step}-{val/loss:.2f}", "dirpath": "json.v2"}}  # fmt: skip
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger",
+              "init_args": {"save_dir": "os/a.b", "version": "1.b"}}  # fmt: skip
     trainer = {"max_steps": 5, "precision": "bf16-mixed", "max_time": "00:00:01:00",
-               "callbacks": [saving], "logger": None, "gradient_clip_val": 0.5}  # fmt: skip
+               "callbacks": [saving], "logger": logger, "gradient_clip_val": 0.5}  # fmt: skip
     stored = {"seed_everything": 7, "data": {"corpus": "a.txt"}, "model": {"n_layer": 2},
               "trainer": trainer, "sample": {"prompt": "os.abort"}, "checkpoint": {}}  # fmt: skip
     assert trusted_settings(stored, set()) == stored
@@ -398,6 +402,7 @@ def test_the_settings_of_a_checkpoint_are_restored():
         ("callbacks", "os.abort"),
         ("callbacks", "{class_path: torch.nn.Linear}"),  # read as YAML
         ("callbacks", '[{"class_path": "t\\x6frch\\x2enn.Linear"}]'),
+        ("callbacks", "'\"os.abort\"'"),  # YAML in YAML
         ("callbacks", "a_file"),  # read as a file of YAML
         ("logger", {"class_path": "lightning.pytorch.cli.os.Abort"}),
         ("logger", {"class_path": "lightning.pytorch.seed_everything"}),
@@ -408,6 +413,16 @@ def test_settings_that_name_code_are_not_taken_from_a_checkpoint(tmp_path, monke
     (tmp_path / "a_file").write_text("class_path: torch.nn.Linear")
     monkeypatch.chdir(tmp_path)
     stored = {"trainer": {key: value, "max_steps": 5}}
-    with pytest.raises(UserError, match=rf"^--trainer.{key}=.* give --trainer.{key} again"):
+    with pytest.raises(UserError, match=rf"name code, .* give them again: '?--trainer.{key}\+?="):
         trusted_settings(stored, {"max_steps"})
     assert trusted_settings(stored, {key})["trainer"] == {"max_steps": 5}
+
+
+def test_the_flags_that_a_resume_repeats():
+    mine = {"class_path": "mine.Beep", "init_args": {"times": 3}}
+    trainer = {"logger": {"class_path": "mine.Log"}, "callbacks": [{"class_path": "m.A"}, mine],
+               "profiler": "simple"}  # fmt: skip
+    flags = ["--trainer.logger=mine.Log", "--trainer.callbacks+=m.A"]
+    assert flags_to_repeat({"trainer": trainer})[:2] == flags
+    name, _, text = flags_to_repeat({"trainer": trainer})[2].partition("=")
+    assert name == "--trainer.callbacks+" and json.loads(text) == mine

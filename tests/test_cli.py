@@ -1,5 +1,7 @@
 """The commands as a user types them."""
 
+import io
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +106,76 @@ def test_any_language_trains_and_generates(text, prompt, tokenizer, tmp_path, mo
     assert out.startswith(prompt.replace("\r\n", "\n")) and len(out) > len(prompt)
     if tokenizer == "char":
         assert set(out) <= set(text.replace("\r\n", "\n"))
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_characters_that_stdout_s_encoding_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("春眠不觉晓,处处闻啼鸟。" * 40, encoding="utf-8")
+
+    def output(stream, *argv):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(*argv) == 0
+        return stream.getvalue() if isinstance(stream, io.StringIO) else stream.buffer.getvalue()
+
+    fit = ("fit", "--data.corpus=text.txt", *QUICK)
+    assert b"?" in output(Terminal(io.BytesIO(), "cp1252"), *fit)
+    generate = ("generate", "--max_new_tokens=30", "--no-stream")
+    text = output(io.StringIO(), *generate)  # as in a notebook, without `reconfigure`
+    assert set(text) <= set("春眠不觉晓,处处闻啼鸟。\n")
+    file = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+    assert output(file, *generate).decode("utf-8") == text
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader has ended."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_run_goes_on_when_its_reader_ends(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        patch.setattr(sys, "stderr", Gone())
+        assert run("fit", "--ckpt_path=last", "--trainer.max_steps=8") == 0
+        patch.setattr(sys, "stderr", None)  # `2>&-`
+        assert run("generate") == 141
+    last = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_file_names_need_not_be_utf_8(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    Path(name).write_text("\ufeffto be or not to be\n" * 40, encoding="utf-8")
+    fit = ("fit", f"--data.corpus={name}", *QUICK, "--trainer.logger=true")
+    assert run(*fit) == 0
+    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=4") == 0
+    capsys.readouterr()
+    assert run("generate", f"--prompt_file={name}", "--max_new_tokens=1") == 0
+    assert capsys.readouterr().out.startswith("to be or not")
+    assert run(*fit, f"--trainer.default_root_dir={name}2") == 2
+    assert "--trainer.default_root_dir=caf" in capsys.readouterr().err
+
+
+def test_rare_characters_can_be_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be\n" * 40 + "xyyzzz")
+    Path("other.txt").write_text("to be\n" * 40)
+    fit = ("fit", "--data.corpus=text.txt", "--data.min_count=3", *QUICK)
+    assert run(*fit) == 2
+    assert "'x' (U+0078)" in capsys.readouterr().err
+    assert run(*fit, "--data.unknown=drop") == 0
+    assert "vocabulary 9\n" in capsys.readouterr().out  # "\n bentorz", each three times at least
+    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=4") == 0
+    assert run("validate", "--data.corpus=other.txt") == 0
 
 
 def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """A user's mistake ends in one clear line on stderr and exit code 2, and changes no file."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_a_text_that_cannot_be_trained_on(here, refused, data, parts):
         ("--trainer.accelerator=foo", ["--trainer.accelerator=foo", "invalid accelerator"]),
         ("--trainer.max_steps=0", ["--trainer.max_steps=0 must be above 0"]),
         ("--trainer.strategy=ddp_spawn", ["use --trainer.strategy=ddp"]),
+        ("--trainer.num_nodes=2", ["num_nodes=2 would wait for the other nodes", "torchrun"]),
+        ("--trainer.callbacks+=nothere.Mine", ["No module named 'nothere'"]),
         ("--trainer.max_time=soon", ["DD:HH:MM:SS"]),
         ("--trainer.limit_val_batches=-1", ["[0.0, 1.0] or an int"]),
         ("--trainer.overfit_batches=7", ["use --data.overfit_batches=7"]),
@@ -101,6 +104,11 @@ def test_an_impossible_value(refused, flag, parts):
     refused([*FIT, flag], *parts)
 
 
+@pytest.mark.skipif(find_spec("rich") is not None, reason="its package is installed")
+def test_a_progress_bar_without_its_package(refused):
+    refused([*FIT, "--trainer.callbacks+=RichProgressBar"], "requires `rich`", "pip install")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_does_not_exist(refused):
     refused([*FIT, "--trainer.accelerator=cuda"], "--trainer.accelerator=cuda")
@@ -110,6 +118,8 @@ def test_a_gpu_that_does_not_exist(refused):
 def test_the_nearest_command_is_suggested(refused):
     refused(["fitt"], "unknown command 'fitt'; did you mean fit?", "validate, test, predict")
     refused(["xyz"], "unknown command 'xyz' (choose from fit, validate,")
+    for guess, command in {"train": "fit", "sample": "generate", "eval": "validate"}.items():
+        refused([guess], f"did you mean {command}?")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -173,7 +183,7 @@ def test_a_run_without_a_step(here, capsys):
     "flag, parts",
     [
         ("--prompt=é", ["--prompt: the character 'é' (U+00E9"]),
-        ("--stop=é", ["--stop: the character 'é'"]),
+        ("--stop=é", ["--stop='é'", "never occurs"]),
         ("--temperature=-1", ["must be 0 or"]),
         ("--top_k=four", ["invalid int value: 'four'"]),
         ("--top_p=1.1", ["above 0 and at most 1"]),
@@ -182,7 +192,7 @@ def test_a_run_without_a_step(here, capsys):
         ("--device=foo", ["--device=cpu"]),
         ("--precision=fp8", ["auto, fp32, bf16, int8"]),
         ("--prompt_file=nope.txt", ["nope.txt cannot be read", "No such file"]),
-        ("--prompt_file=bad.txt", ["bad.txt cannot be read", "position 5"]),
+        ("--prompt_file=bad.txt", ["bad.txt is not UTF-8", "convert it"]),
         ("--prompt_file=odd.txt", ["--prompt_file=odd.txt: the character 'z'"]),
         ("--temprature=1", ["--temprature=1; did you mean --temperature?"]),
         ("extra", ["extra"]),

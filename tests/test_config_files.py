@@ -45,6 +45,13 @@ def test_an_unknown_name_is_an_error_that_suggests_the_nearest(name, end):
         find_config(name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_config_may_have_a_byte_order_mark(folder, encoding):
+    write("a.yaml", data={"corpus": "é"})
+    (folder / "b.yaml").write_text("base: a.yaml\nseed_everything: 2\n", encoding=encoding)
+    assert load_config(Path("b.yaml")) == {"data": {"corpus": "é"}, "seed_everything": 2}
+
+
 def test_a_config_overrides_its_base_setting_by_setting():
     write("a.yaml", model={"n_layer": 1, "n_head": 1}, trainer={"precision": "32-true"})
     write("b.yaml", base="a.yaml", model={"n_layer": 2})

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gpt_lightning.data import corpus as corpus_module
 from gpt_lightning.data import playwright
-from gpt_lightning.data.corpus import Corpus, find_corpus
+from gpt_lightning.data.corpus import Corpus, find_corpus, listed
 from gpt_lightning.errors import UserError
 
 SHAKESPEARE = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
@@ -86,10 +86,10 @@ def test_a_file_is_named_by_its_absolute_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "part"),
     [
-        (b"", "empty or binary"),
+        (b"", "it is empty"),
         (b"\xef\xbb\xbf", "is empty"),
-        (b"\x89PNG\r\n\0\0", "empty or binary"),
-        (SHAKESPEARE.encode("utf-16"), "empty or binary"),
+        (b"\x89PNG\r\n\0\0", "it is binary"),
+        (SHAKESPEARE.encode("utf-16"), "it is UTF-16; convert it to UTF-8"),
         ("naïve".encode("latin-1"), "not UTF-8 text (invalid continuation byte)"),
     ],
 )
@@ -126,11 +126,49 @@ def test_a_folder_is_its_text_files_in_order(tmp_path):
     (folder / "loop").symlink_to(folder)
     (folder / "nowhere").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe")
+    write(folder / "a" / "wide", "wide".encode("utf-16"))
     corpus = find_corpus(f"{folder}/")
     assert corpus.name == str(folder)
     # in order of the paths: "a-b" < "a.txt" < "a/z.txt"
     for size in (1, 100):
         assert "".join(corpus.chunks(size)) == "a-b\na\na/z\nb, no line end\né"
+    assert corpus.left_out == (
+        "a/wide (UTF-16; convert it to UTF-8)",
+        "c.txt (empty)",
+        "link (a link to a folder)",
+        "loop (a link to a folder)",
+        "nowhere (not a regular file)",
+        "photo (binary)",
+        "pipe (not a regular file)",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_file_names_need_not_be_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write(tmp_path / name / f"{name}.txt", SHAKESPEARE)
+    write(tmp_path / name / name, b"\0")
+    assert text_of(tmp_path / name) == text_of(tmp_path / name / f"{name}.txt") == SHAKESPEARE
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "books" / "a.txt", "a")
+    write(tmp_path / "books" / "locked" / "b.txt", "b")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    error_of(tmp_path / "books", tmp_path / "books" / "locked", "Permission denied")
+
+
+def test_a_long_list_is_cut():
+    assert listed(": ", []) == ""
+    assert listed(": ", list("abcde")) == ": a, b, c, d, e"
+    assert listed(": ", list("abcdefgh")) == ": a, b, c, d, e and 3 more"
 
 
 def test_the_digest_of_a_folder_depends_on_where_its_files_end(tmp_path):
@@ -257,7 +295,7 @@ def site():
         thread.join()
 
 
-def test_a_url_is_downloaded_once(site):
+def test_a_url_is_downloaded_once(site, cache, capsys):
     name = f"{site.url}/a täxt.txt?lang=en"
     threads = [threading.Thread(target=text_of, args=(name,)) for _ in range(4)]
     for thread in threads:
@@ -265,6 +303,8 @@ def test_a_url_is_downloaded_once(site):
     for thread in threads:
         thread.join()
     assert find_corpus(name).name == name and text_of(name).encode() == site.text
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and site.url in err and str(cache) in err
     assert site.asked == ["/a%20t%C3%A4xt.txt?lang=en"]
     assert find_corpus(f"{site.url}/other").paths != find_corpus(name).paths
 

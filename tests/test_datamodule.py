@@ -1,6 +1,8 @@
 """TextDataModule: what a batch is, position, ranks, exact validation, sizes that do not fit."""
 
 import math
+import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +90,13 @@ def test_loaders_work_in_a_plain_loop_without_trainer_or_setup(make, tmp_path):
     data = TextDataModule(str(tmp_path / "text.txt"), block_size=8, batch_size=4)
     assert same(list(data.train_dataloader()), train(expected, len(data.train_dataloader())))
     assert same(list(data.val_dataloader()), list(expected.val_dataloader()))
+
+
+def test_a_pickled_module_carries_the_path_of_its_ids(make):
+    data = make(TEXT * 100)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 10_000 < len(data.tokens)
+    assert same(train(pickle.loads(pickled), 3), train(data, 3))
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -346,3 +355,21 @@ def test_sizes_too_large_for_the_text_are_refused(make, settings, message):
     make(batch_size=55, world=2)
     with pytest.raises(UserError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize("length", [20, 60, 600, 5000])
+@pytest.mark.parametrize("split", ["tail", "blocks"])
+@pytest.mark.parametrize("sampling", ["sliding", "random"])
+def test_the_sizes_that_an_error_suggests_work(make, length, split, sampling):
+    settings = dict(text=distinct(length), split=split, sampling=sampling, world=2)
+    with pytest.raises(UserError) as error:
+        make(**settings, block_size=512, batch_size=64)
+    sizes = re.search(r"choose block_size=(\d+) and batch_size=(\d+)", str(error.value))
+    make(**settings, block_size=int(sizes[1]), batch_size=int(sizes[2]))
+
+
+def test_tokens_that_are_removed_from_the_cache_stay_in_use(make, tmp_path):
+    data = make()
+    expected = list(data.val_dataloader())
+    data.token_file.path.unlink()
+    assert same(list(data.val_dataloader()), expected)

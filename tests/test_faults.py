@@ -1,7 +1,9 @@
 """Full disks, damaged files, two runs in one folder, time that is up: nothing good is lost."""
 
+import csv
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from conftest import TINY
 
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.cli import main
+from gpt_lightning.training.module import GPTModule
 
 RUN = Path("lightning_logs/version_0")
 LAST, BEST = RUN / "checkpoints/last.ckpt", RUN / "checkpoints/best.ckpt"
@@ -124,3 +127,112 @@ def test_max_time_prints_the_command_that_resumes_exactly(here, ends):
     assert one["global_step"] == two["global_step"] == step + 30
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    "flag, checkpoints, log",
+    [("barebones=true", 0, 0), ("enable_checkpointing=false", 0, 1), ("logger=false", 2, 0)],
+)
+def test_what_lightning_can_turn_off(here, ends, flag, checkpoints, log):
+    code, out, _ = ends("fit", *TINY, f"--trainer.{flag}")
+    assert code == 0 and "steps            4\n" in out
+    folder = Path("lightning_logs/version_1")
+    assert len(list(folder.glob("*/*.ckpt"))) == checkpoints
+    assert len(list(folder.glob("events.*"))) == log
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        steady = ("loss/train", "loss/val", "step")  # the speed differs
+        return [{name: row[name] for name in steady} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("flags", [["csv"], ["CSVLogger", "--trainer.logger.save_dir=logs"]])
+def test_the_rows_of_a_csv_log_go_on_after_those_of_the_checkpoint(here, ends, flags):
+    fit = ("fit", *TINY, f"--trainer.logger={flags[0]}", *flags[1:],
+           "--trainer.log_every_n_steps=1", "--model.lr_decay_steps=12")  # fmt: skip
+    assert ends(*fit)[0] == 0
+    last = Path("lightning_logs/version_1/checkpoints/last.ckpt")
+    at_4 = last.rename(last.with_name("at_4.ckpt"))
+    assert ends("fit", f"--ckpt_path={at_4}", "--trainer.max_steps=8")[0] == 0
+    (metrics,) = Path().rglob("metrics.csv")
+    whole = rows(metrics)
+    assert [row["step"] for row in whole if row["loss/train"]] == list("12345678")
+    assert ends("validate", "--trainer.accelerator=cpu")[0] == 0
+    assert ends("fit", f"--ckpt_path={at_4}", "--trainer.max_steps=12")[0] == 0
+    assert list(Path().rglob("metrics.csv")) == [metrics]
+    assert rows(metrics)[: len(whole)] == whole and rows(metrics)[-1]["step"] == "12"
+    assert rows(metrics.with_name("metrics-step8.csv")) == whole  # later than the checkpoint
+
+
+OWN = """
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
+
+class Beep(Callback):
+    def __init__(self, times: int = 1):
+        self.times = times
+    def on_train_end(self, trainer, module):
+        print("beep" * self.times)
+
+class Log(Logger):  # without an experiment
+    name = "own"
+    version = property(lambda self: self.run)
+    def __init__(self, version: str | None = None):
+        super().__init__()
+        self.run = version or "first"
+        print("run", version)
+    def log_hyperparams(self, *args, **kwargs): pass
+    def log_metrics(self, *args, **kwargs): pass
+"""
+
+
+def test_the_printed_command_resumes_a_run_with_classes_of_the_users_own(here, ends, monkeypatch):
+    Path("mine_here.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(here))
+    beep = '{"class_path": "mine_here.Beep", "init_args": {"times": 2}}'
+    flags = [f"--trainer.callbacks+={beep}", "--trainer.logger=mine_here.Log"]
+    limits = ["--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01"]
+    code, out, _ = ends("fit", *TINY, *flags, *limits)
+    assert code == 0 and "beepbeep\n" in out and "run None\n" in out
+    again = shlex.split(re.search(r"^resume +python -m gpt_lightning (.+)$", out, re.M)[1])
+    assert set(flags) < set(again)
+    steps = read_checkpoint("lightning_logs/version_1/checkpoints/last.ckpt")["global_step"]
+    code, out, _ = ends(*again, f"--trainer.max_steps={steps + 2}")
+    assert code == 0 and "beepbeep\n" in out and "run first\n" in out
+    assert ends("validate", "--trainer.accelerator=cpu")[0] == 0
+
+
+SLURM = {"JOB_ID": "77", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0",
+         "NODEID": "0", "JOB_NODELIST": "localhost"}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SLURM")
+def test_a_requeued_slurm_job_resumes_its_run_and_no_other_run_does(here, ends, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    Path("scontrol").write_text('#!/bin/sh\necho "$@" > requeued.txt\n')
+    Path("scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:/bin:/usr/bin")
+    Path("hpc_ckpt_1.ckpt").write_bytes(LAST.read_bytes())  # where Lightning looks for one
+    start = GPTModule.on_train_batch_start
+
+    def warned(module, batch, batch_idx):
+        if module.global_step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        start(module, batch, batch_idx)
+
+    fit = ("fit", *TINY, "--seed_everything=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTModule, "on_train_batch_start", warned)
+        assert ends(*fit)[0] == 128 + signal.SIGUSR1
+    assert Path("requeued.txt").read_text() == "requeue 77\n"
+    _, other, _ = ends("fit", *TINY)  # another run of the job
+    _, again, _ = ends(*fit)
+    _, done, _ = ends(*fit)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    _, later, _ = ends(*fit)
+    runs = [re.search(r"version_\d|^$", out)[0] for out in (other, again, done, later)]
+    assert runs == ["version_2", "version_1", "version_3", "version_4"]
+    resumed = [re.findall(r"^steps +4(.*)$", out, re.M) for out in (other, again, done, later)]
+    assert resumed == [[""], [" (resumed at 3)"], [""], [""]]

@@ -1,5 +1,6 @@
 """Files are replaced in one step; the cache folder is where the user or the system wants it."""
 
+import errno
 import hashlib
 import os
 import sys
@@ -33,6 +34,28 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path, error):
         file.write(b"new")
         raise error
     assert path.read_bytes() == b"old" and names(tmp_path) == ["a"]
+
+
+def refusing(real, error, times):
+    """`real`, which raises `error` the first `times` times."""
+    left = [error] * times
+    return lambda *args: real(*args) if not left else (_ for _ in ()).throw(left.pop())
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_will_do(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", refusing(os.fsync, OSError(number, "refused"), 1))
+    with write_atomically(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_file_that_another_program_holds_is_replaced_later(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", refusing(os.replace, PermissionError(13, "held"), 3))
+    with write_atomically(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and names(tmp_path) == ["a"]
 
 
 def test_the_digest_is_that_of_the_whole_file(tmp_path):

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import (
@@ -12,6 +13,7 @@ from gpt_lightning.model import (
     build_model,
     config_from_dict,
     config_to_dict,
+    grown_weights,
     num_parameters,
 )
 from gpt_lightning.model.gpt import GPT, GPTConfig
@@ -20,7 +22,7 @@ from gpt_lightning.model.lecture import Bigram, BigramConfig, LectureConfig, Lec
 SIZES = dict(vocab_size=5, block_size=4)
 SWITCHES = dict(bias=False, init_std=None, scaled=False, ffwd=0, residual=False, norm=False)
 CASES = [
-    (GPT, GPTConfig(2, 2, 16, 0.25, 4, 2, **SIZES)),
+    (GPT, GPTConfig(2, 2, 16, 0.25, 4, multi_token_heads=2, **SIZES)),
     (LectureGPT, LectureConfig(2, 2, 16, 0.25, proj=False, fused=False, **SWITCHES, **SIZES)),
     (Bigram, BigramConfig(None, **SIZES)),
 ]
@@ -66,3 +68,22 @@ def test_num_parameters_leaves_out_the_multi_token_heads():
     assert (
         num_parameters(model) == num_parameters(plain) == sum(p.numel() for p in plain.parameters())
     )
+
+
+@pytest.mark.parametrize(("kind", "config"), CASES, ids=CONFIGS)
+def test_a_grown_vocabulary_leaves_the_logits_of_the_old_tokens(kind, config):
+    torch.manual_seed(1)
+    model = build_model(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    weights, grown_config = grown_weights(model.state_dict(), config, 8)
+    grown = build_model(grown_config).eval()
+    grown.load_state_dict(weights)
+    ids = torch.randint(5, (16, 4))
+    logits = grown(ids)
+    torch.testing.assert_close(logits[..., :5], model(ids))
+    torch.testing.assert_close(logits[..., 5:], model(ids).mean(-1, keepdim=True).expand(-1, -1, 3))
+    assert grown(torch.randint(8, (16, 4))).isfinite().all()
+    again, again_config = grown_weights(weights, grown_config, 9)
+    build_model(again_config).load_state_dict(again)
+    assert grown_weights(weights, grown_config, 8) == (weights, grown_config)

@@ -47,6 +47,8 @@ def test_flags_win_over_configs_and_these_over_the_checkpoint(parser, tmp_path):
         ("--data.blok_size=4", "unknown flag --data.blok_size; did you mean --data.block_size?"),
         ("--modle.n_layer=4", "did you mean --model.n_layer?"),
         ("--ckpt=last", "unknown flag --ckpt"),
+        ("--seed=3", "unknown flag --seed; did you mean --seed_everything?"),
+        ("--seeds=3", "unknown flag --seeds; `climb` trains with several seeds"),
         ("--model.n_layer=four", "model.n_layer"),
         ("--model.name=gtp", "gtp"),
         ("--seed_everything=-1", "seed_everything"),
@@ -131,6 +133,36 @@ def test_callbacks_are_added_to_those_of_the_checkpoint_or_replace_them(restored
     assert len(found["callbacks"]) == count and found["max_steps"] == 9
 
 
+MINE = {"class_path": "mine.Beep"}
+
+
+def test_a_class_of_the_users_own_is_asked_for_again(restored):
+    trainer = {"callbacks": [STOPPING, MINE], "logger": {"class_path": "mine.Log"}}
+    with pytest.raises(UserError, match=r"again: --trainer.callbacks\+=mine.Beep --trainer.logger"):
+        restored("fit", trainer=trainer)
+    found = restored("fit", "--trainer.callbacks=null", "--trainer.logger=csv", trainer=trainer)
+    assert found["trainer"] == {"callbacks": None, "logger": "csv"}
+    # training alone needs them
+    assert restored("validate", trainer={**trainer, "max_steps": 9})["trainer"] == {"max_steps": 9}
+    # one that is given again replaces the stored one
+    flags = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=loss/train")
+    (found,) = restored("fit", *flags, trainer={"callbacks": [STOPPING]})["trainer"]["callbacks"]
+    assert found["init_args"] == {"monitor": "loss/train"}
+
+
+def test_short_names_of_loggers(parser, monkeypatch):
+    wandb = {"class_path": "lightning.pytorch.loggers.WandbLogger"}
+    monkeypatch.setattr("gpt_lightning.settings.find_spec", lambda name: None)
+    for name in ("wandb", "WandbLogger"):
+        with pytest.raises(UserError, match=f"--trainer.logger={name} .* pip install wandb"):
+            parse(parser, [f"--trainer.logger={name}"])
+    monkeypatch.setattr("gpt_lightning.settings.find_spec", lambda name: name)
+    flags = ["--trainer.logger=wandb", "--trainer.logger.project=mine"]
+    assert parse(parser, flags)["trainer"]["logger"] == {**wandb, "init_args": {"project": "mine"}}
+    found = parse(parser, ["--trainer.logger=[csv, wandb]"])
+    assert found["trainer"]["logger"] == ["csv", wandb]
+
+
 def test_a_length_given_on_resume_replaces_the_stored_one(restored):
     found = restored("fit", "--trainer.max_epochs=30", trainer={"max_steps": 9})
     assert found["trainer"] == {"max_epochs": 30}
@@ -170,3 +202,18 @@ def test_default_length_is_three_epochs_of_a_short_text(tmp_path, chars, data, t
     module.setup("fit")
     choose_length(trainer, module, world_size=1)
     assert trainer.get("max_steps") == steps
+
+
+@pytest.mark.parametrize(
+    "given, every_n_epoch",
+    [({"val_check_interval": 250}, None), ({"val_check_interval": 0.5}, 1),
+     ({"check_val_every_n_epoch": 2}, 2), ({"val_check_interval": "00:00:10:00"}, 1)],
+)  # fmt: skip
+def test_a_validation_interval_that_is_given_is_never_replaced(tmp_path, given, every_n_epoch):
+    (tmp_path / "a.txt").write_text("to be or not to be\n" * 50)
+    module = TextDataModule(str(tmp_path / "a.txt"), block_size=8, batch_size=4)
+    module.setup("fit")
+    trainer = dict(given)
+    choose_length(trainer, module, world_size=1)
+    assert trainer.get("val_check_interval") == given.get("val_check_interval")
+    assert trainer["check_val_every_n_epoch"] == every_n_epoch

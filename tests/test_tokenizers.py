@@ -30,6 +30,17 @@ def test_the_vocabulary_is_that_of_the_lecture(text, size):
     assert tokenizer.encode(text).tolist() == [stoi[c] for c in text]
 
 
+@given(st.text("abcde", min_size=1), st.integers(1, 5), st.integers(1, 4))
+def test_characters_that_occur_less_than_min_count_times_are_left_out(text, size, least):
+    chunks = (text[i : i + size] for i in range(0, len(text), size))
+    if expected := [c for c in sorted(set(text)) if text.count(c) >= least]:
+        found = CharTokenizer.train(chunks, min_count=least).vocabulary
+        assert found == "".join(expected)
+    else:
+        with pytest.raises(UserError, match=f"min_count={least}"):
+            CharTokenizer.train(chunks, min_count=least)
+
+
 @given(ANY.filter(bool))
 def test_characters_round_trip_with_a_vocabulary_in_any_order(text):
     tokenizer = CharTokenizer("".join(sorted(set(text), reverse=True)))

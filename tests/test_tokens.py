@@ -1,6 +1,7 @@
 """Token files: built once in constant memory, kept in the cache by content."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -137,6 +138,37 @@ def test_a_killed_build_leaves_no_token_file(corpus, cache):
     assert files(cache) == [".tmp"]
     assert decoded(prepare_tokens(corpus)) == PLAIN
     assert files(cache) == [".bin", ".json"]
+
+
+def test_files_of_an_earlier_version_of_the_text_are_removed(tmp_path, cache):
+    first = prepare_tokens(make_corpus(tmp_path, "first")).open()
+    other = prepare_tokens(make_corpus(tmp_path, "other", "other"))
+    second = make_corpus(tmp_path, "second")
+    found = [prepare_tokens(second), prepare_tokens(second, "byte"), other]
+    assert set(cache.glob("*.bin")) == {one.path for one in found}
+    assert first.tolist() == [0, 1, 2, 3, 4]  # "first" in the order of its letters: f i r s t
+    assert files(cache) == [".bin"] * 3 + [".json"] * 3
+
+
+def test_the_longest_unused_files_are_removed_from_a_full_cache(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(tokens, "MAX_CACHE", 250)
+    corpora = [make_corpus(tmp_path, str(i) * 100, str(i)) for i in range(3)]
+    paths = [prepare_tokens(corpus).path for corpus in corpora[:2]]
+    for path in paths:
+        os.utime(path, (0, 0))  # long ago
+    prepare_tokens(corpora[0])
+    newest = prepare_tokens(corpora[2]).path
+    assert set(cache.glob("*.bin")) == {paths[0], newest}
+    large = prepare_tokens(make_corpus(tmp_path, "a" * 999, "large"))
+    assert list(cache.glob("*.bin")) == [large.path]
+
+
+def test_the_encoding_of_a_large_text_is_announced_once(corpus, cache, monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "LARGE", len(TEXT))
+    for _ in range(2):
+        prepare_tokens(corpus)
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and str(cache) in err
 
 
 # --- vocabularies and errors ----------------------------------------------------------------------

@@ -14,15 +14,18 @@ Line ends `\\r\\n` and `\\r` become `\\n`. A byte-order mark at the start of a f
 Downloads and generated plays are kept in `cache_dir()`.
 """
 
+import codecs
 import contextlib
 import hashlib
 import os
 import re
 import string
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -38,6 +41,7 @@ TINYSHAKESPEARE_URL = (
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SECURE = r"https://|http://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)"  # nobody can change the text
 MAX_DOWNLOAD = 4 << 30  # bytes; the environment can set another limit
+LARGE = 10_000_000  # characters of a play that take noticeable time to generate
 TIMEOUT = 20  # seconds without an answer after which a download fails
 RUN_FOLDERS = ("lightning_logs", "checkpoints")  # a folder corpus leaves them out
 LINE = np.dtype([("end", "<i8"), ("nats", "<f8")])  # of a play: the offset after it, its cost
@@ -52,13 +56,13 @@ class Corpus:
         paths: the files in order. A file that does not end with a line end is given one if
             another file follows.
         floor_path: the cost of each line (array of `LINE`) if the entropy of the text is known.
-        left_out: files of a folder that are not part of the text: empty or binary.
+        left_out: what a folder holds that is not part of the text, each as `NAME (REASON)`.
     """
 
     name: str
     paths: tuple[Path, ...]
     floor_path: Path | None = None
-    left_out: tuple[Path, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def chunks(self, size: int = 1 << 22) -> Iterator[str]:
         """The text in order, in pieces of about `size` characters; takes constant memory.
@@ -132,6 +136,12 @@ def file_errors(name: str) -> Iterator[None]:
         raise corpus_error(name, f": {path}: {error.strerror or error}") from error
 
 
+def listed(before: str, names: Sequence[str], most: int = 5) -> str:
+    """`before` and the first `most` of `names`, with the number of others; "" without names."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{before}{', '.join(names[:most])}{more}" if names else ""
+
+
 def make_once(path: Path, make: Callable[[], object]) -> None:
     """Call `make` if `path` does not exist; of several processes, one calls and the others wait."""
     if not path.exists():
@@ -154,31 +164,41 @@ def _from_path(name: str) -> Corpus:
         )
     if path.is_dir():
         return _from_folder(path)
-    if not _is_text(path):
-        raise corpus_error(path, " is not a text file: it is empty or binary")
+    if reason := _not_text(path):
+        raise corpus_error(path, f" is not a UTF-8 text file: it is {reason}")
     return Corpus(str(path), (path,))
 
 
 def _from_folder(folder: Path) -> Corpus:
     paths: list[Path] = []
-    for root, folders, names in os.walk(folder):  # does not follow links to folders
+    for root, folders, names in os.walk(folder, onerror=_raise):  # does not follow links
         folders[:] = [name for name in folders if name[0] != "." and name not in RUN_FOLDERS]
-        paths += [Path(root, name) for name in names if name[0] != "."]
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        paths += [Path(root, name) for name in [*names, *links] if name[0] != "."]
     paths.sort(key=Path.as_posix)
-    texts = [path for path in paths if _is_text(path)]
+    reasons = {path: _not_text(path) for path in paths}
+    texts = tuple(path for path in paths if not reasons[path])
+    left_out = [f"{path.relative_to(folder)} ({r})" for path, r in reasons.items() if r]
     if not texts:
-        raise corpus_error(folder, " has no text file in it")
-    left_out = sorted(set(paths) - set(texts))
-    return Corpus(str(folder), tuple(texts), left_out=tuple(left_out))
+        raise corpus_error(folder, " has no text file in it" + listed("; left out: ", left_out))
+    return Corpus(str(folder), texts, left_out=tuple(left_out))
 
 
-def _is_text(path: Path) -> bool:
-    """Whether this is a text file, as far as its first bytes tell."""
+def _raise(error: OSError) -> NoReturn:
+    raise error  # os.walk passes over a folder that it cannot read
+
+
+def _not_text(path: Path) -> str:
+    """Why this is not a UTF-8 text file, as far as its first bytes tell; "" if it is one."""
+    if path.is_dir():
+        return "a link to a folder"
     if not path.is_file():
-        return False
+        return "not a regular file"
     with path.open("rb") as file:
         head = file.read(8192)
-    return head != b"" and b"\0" not in head  # a NUL means binary data
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16; convert it to UTF-8"
+    return "empty" if not head else "binary" if b"\0" in head else ""
 
 
 # --- the embedded corpus --------------------------------------------------------------------------
@@ -200,6 +220,8 @@ def _playwright(name: str) -> Corpus:
     floor_path = path.with_suffix(".nats")
 
     def generate() -> None:
+        if chars >= LARGE:
+            print(f"Generating {chars:,} characters: {path} ...", file=sys.stderr)
         end = 0
         # The text file appears last: if it exists, both are complete.
         with write_atomically(path) as text_file, write_atomically(floor_path) as floor_file:
@@ -242,6 +264,7 @@ def _download(name: str, url: str, path: Path, digest: str | None) -> None:
 
 
 def _fetch(name: str, url: str, path: Path, digest: str | None) -> None:
+    print(f"Downloading {url} to {path} ...", file=sys.stderr)
     limit = int(os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", MAX_DOWNLOAD))
     url = quote(url, safe=string.punctuation)  # spaces and the like
     try:

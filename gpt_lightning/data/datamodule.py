@@ -120,8 +120,9 @@ class TextDataModule(LightningDataModule):
         split: `tail` holds out the end (the lecture's last 10%), `blocks` pieces throughout.
         val_fraction: share of the text that is held out; 1 to validate on all of it.
         max_val_tokens: validate on the first held-out tokens only; on all by default.
-        unknown: characters that a given vocabulary lacks: `error`, `drop` or `replace`.
+        unknown: characters that the vocabulary lacks: `error`, `drop` or `replace`.
         vocabulary: the characters of the vocabulary; those of the text by default.
+        min_count: how often a character must occur to be in the vocabulary of the text.
         overfit_batches: train on the first batches only, again and again; 0 for all.
         seed: chooses the order of the windows.
 
@@ -150,6 +151,7 @@ class TextDataModule(LightningDataModule):
         max_val_tokens: int | None = None,
         unknown: Literal["error", "drop", "replace"] = "error",
         vocabulary: str | None = None,
+        min_count: int = 1,
         overfit_batches: int = 0,
         seed: int = 1337,
     ):
@@ -163,6 +165,7 @@ class TextDataModule(LightningDataModule):
             ("block_size", block_size, 1),
             ("batch_size", batch_size, 1),
             ("stride", stride, 1),
+            ("min_count", min_count, 1),
             ("overfit_batches", overfit_batches, 0),
             ("max_val_tokens", max_val_tokens, block_size + 1),
         ):
@@ -173,6 +176,15 @@ class TextDataModule(LightningDataModule):
         self.token_file: TokenFile | None = None
         self.windows: SlidingWindows | RandomWindows
 
+    def __getstate__(self) -> dict:
+        """What a process that is started by `spawn` receives: the path of the ids, not the ids."""
+        return {name: value for name, value in vars(self).items() if name != "tokens"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if "val_spans" in state:  # it was set up
+            self.tokens = self.token_file.open()
+
     # --- Lightning's hooks ------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
@@ -180,7 +192,9 @@ class TextDataModule(LightningDataModule):
         if self.token_file is None:
             hp = self.hparams
             self.corpus = find_corpus(hp.corpus)
-            self.token_file = prepare_tokens(self.corpus, hp.tokenizer, hp.unknown, hp.vocabulary)
+            self.token_file = prepare_tokens(
+                self.corpus, hp.tokenizer, hp.unknown, hp.vocabulary, hp.min_count
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Set the attributes; training windows only if `stage` is "fit" or None."""
@@ -189,12 +203,9 @@ class TextDataModule(LightningDataModule):
         self.corpus_sha256 = self.token_file.corpus_sha256
         self.tokenizer = self.token_file.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
-        self.tokens = self.token_file.open()
-        self.train_spans, self.val_spans = split_spans(
-            len(self.tokens), hp.split, hp.val_fraction, hp.block_size
-        )
-        if hp.max_val_tokens is not None:
-            self.val_spans = first_tokens(self.val_spans, hp.max_val_tokens)
+        if not hasattr(self, "tokens"):  # the file may have been removed from the cache since
+            self.tokens = self.token_file.open()
+        self.train_spans, self.val_spans = self._split(hp.block_size)
         if self.val_tokens < 1:
             raise corpus_error(
                 self.corpus.name,
@@ -203,19 +214,37 @@ class TextDataModule(LightningDataModule):
             )
         if stage not in (None, "fit"):
             return
-        if hp.sampling == "random":
-            self.windows = RandomWindows(self.train_spans, hp.block_size, hp.seed)
-        else:
-            stride = hp.stride or hp.block_size
-            self.windows = SlidingWindows(self.train_spans, hp.block_size, stride, hp.seed)
-        longest = max(stop - start for start, stop in self.val_spans)
-        batch = hp.batch_size * self.rank_and_world_size[1]
-        if longest <= hp.block_size or len(self.windows) < batch:
+        self.windows = self._windows(hp.block_size)
+        if self._largest_batch(hp.block_size) < hp.batch_size:
+            sizes, block_size = "", hp.block_size
+            while block_size and not sizes:
+                if batch_size := min(hp.batch_size, self._largest_batch(block_size)):
+                    sizes = f"choose block_size={block_size} and batch_size={batch_size}, or "
+                block_size //= 2
             raise UserError(
                 f"block_size={hp.block_size} with batch_size={hp.batch_size} is too large for a "
-                f"text of {len(self.tokens):,} tokens with val_fraction={hp.val_fraction}; choose "
-                "smaller values or give more text"
+                f"text of {len(self.tokens):,} tokens with val_fraction={hp.val_fraction}; {sizes}"
+                "give more text"
             )
+
+    def _split(self, block_size: int) -> tuple[list[Span], list[Span]]:
+        hp = self.hparams
+        train, val = split_spans(len(self.tokens), hp.split, hp.val_fraction, block_size)
+        return train, val if hp.max_val_tokens is None else first_tokens(val, hp.max_val_tokens)
+
+    def _windows(self, block_size: int) -> SlidingWindows | RandomWindows:
+        """The training windows of this size."""
+        hp, (train_spans, _) = self.hparams, self._split(block_size)
+        if hp.sampling == "random":
+            return RandomWindows(train_spans, block_size, hp.seed)
+        return SlidingWindows(train_spans, block_size, hp.stride or block_size, hp.seed)
+
+    def _largest_batch(self, block_size: int) -> int:
+        """The largest batch_size with windows of this size; 0 if none fits the held-out text."""
+        longest = max((b - a for a, b in self._split(block_size)[1]), default=0)
+        if longest <= block_size:
+            return 0
+        return len(self._windows(block_size)) // self.rank_and_world_size[1]
 
     def train_dataloader(self) -> TrainLoader:
         self.setup("fit")

@@ -58,14 +58,23 @@ class CharTokenizer:
         self._table[self._codes] = np.arange(self.vocab_size)
 
     @classmethod
-    def train(cls, chunks: Iterable[str], unknown: str = "error") -> CharTokenizer:
-        """The tokenizer of the sorted distinct characters of a text, given in chunks."""
-        seen = np.zeros(0x110000, bool)
+    def train(
+        cls, chunks: Iterable[str], unknown: str = "error", min_count: int = 1
+    ) -> CharTokenizer:
+        """The tokenizer of the sorted distinct characters of a text, given in chunks.
+
+        Characters that occur less than `min_count` times are left out.
+        """
+        counts = np.zeros(0x110000, np.uint32)  # up to min_count
         for chunk in chunks:
             codes = _code_points(chunk)
-            if not seen.take(codes).all():  # rarely true, and cheaper than to set them all
-                seen[codes] = True
-        return cls("".join(map(chr, np.flatnonzero(seen).tolist())), unknown)
+            # a check of all is cheaper than to count them, and rarely finds a new one
+            if min_count > 1 or not counts.take(codes).all():
+                found = np.bincount(codes)
+                counts[: len(found)] = np.minimum(counts[: len(found)] + found, min_count)
+        if counts.max() < min_count:
+            raise UserError(f"min_count={min_count} is more often than any character occurs")
+        return cls("".join(map(chr, np.flatnonzero(counts >= min_count).tolist())), unknown)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`: (T,) of `dtype`, the smallest unsigned integer type that fits.

@@ -6,8 +6,11 @@ digest is unchanged. Later runs read the text once and compute its digest, so th
 trains on an earlier version of its text.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +26,10 @@ from gpt_lightning.data.tokenizers import (
 from gpt_lightning.errors import UserError
 from gpt_lightning.files import cache_dir, write_atomically
 
-FORMAT = 2  # increases whenever the same text would be encoded or stored differently
+FORMAT = 3  # increases whenever the same text would be encoded or stored differently
 PIECE = 1 << 16  # characters encoded at a time: their ids stay in the processor's cache
+LARGE = 50_000_000  # bytes of text that take noticeable time to encode
+MAX_CACHE = 10_000_000_000  # bytes of token files; a single one may be larger
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,11 @@ class TokenFile:
 
 
 def prepare_tokens(
-    corpus: Corpus, tokenizer: str = "char", unknown: str = "error", vocabulary: str | None = None
+    corpus: Corpus,
+    tokenizer: str = "char",
+    unknown: str = "error",
+    vocabulary: str | None = None,
+    min_count: int = 1,
 ) -> TokenFile:
     """The token file of a corpus, from the cache or built now.
 
@@ -50,6 +59,7 @@ def prepare_tokens(
         tokenizer: kind of tokenizer, "char" or "byte".
         unknown: what happens to characters that the vocabulary lacks: "error", "drop", "replace".
         vocabulary: characters of the vocabulary ("char" only); those of the text by default.
+        min_count: a vocabulary of the text has the characters that it contains this often.
 
     Raises:
         UserError: if the text cannot be read or encoded, has no token, or changes meanwhile.
@@ -59,23 +69,29 @@ def prepare_tokens(
     with file_errors(corpus.name):
         digest = corpus.sha256()
         # The ids depend on these alone, so a file in the cache never changes.
-        parts = json.dumps([FORMAT, digest, tokenizer, vocabulary, unknown])
+        parts = json.dumps([FORMAT, digest, tokenizer, vocabulary, unknown, min_count])
         key = hashlib.sha256(parts.encode()).hexdigest()[:32]
         path = cache_dir() / f"tokens-{tokenizer}-{key}.bin"
 
         def build() -> None:
             coder: Tokenizer
+            size = sum(file.stat().st_size for file in corpus.paths)
+            if size >= LARGE:
+                print(f"Encoding {size / 1e6:,.0f} MB of text once: {path} ...", file=sys.stderr)
             if tokenizer == "byte":
                 coder = ByteTokenizer()
             elif vocabulary is None:
-                coder = CharTokenizer.train(corpus.chunks(PIECE), unknown)
+                coder = CharTokenizer.train(corpus.chunks(PIECE), unknown, min_count)
             else:
                 coder = CharTokenizer(vocabulary, unknown)
             _encode(corpus, coder, path, digest)
+            _remove_old(path, corpus, digest)
 
         make_once(path, build)
-        state = json.loads(path.with_suffix(".json").read_bytes())
-    return TokenFile(path, tokenizer_from_state(state, unknown), digest)
+        entry = json.loads(path.with_suffix(".json").read_bytes())
+        with contextlib.suppress(OSError):  # a cache that others may only read
+            os.utime(path)  # for `_remove_old`
+    return TokenFile(path, tokenizer_from_state(entry["tokenizer"], unknown), digest)
 
 
 def _encode(corpus: Corpus, coder: Tokenizer, path: Path, digest: str) -> None:
@@ -92,4 +108,25 @@ def _encode(corpus: Corpus, coder: Tokenizer, path: Path, digest: str) -> None:
             raise corpus_error(corpus.name, " changed while it was read; run again")
         # The ids appear last: if they exist, both files are complete.
         with write_atomically(path.with_suffix(".json")) as state_file:
-            state_file.write(json.dumps(coder.state()).encode())
+            entry = {"tokenizer": coder.state(), "corpus": corpus.name, "sha256": digest}
+            state_file.write(json.dumps(entry).encode())
+
+
+def _remove_old(new: Path, corpus: Corpus, digest: str) -> None:
+    """Delete token files of other versions of the text, and the longest unused beyond MAX_CACHE.
+
+    A run that has mapped a deleted file keeps its map. (Windows does not delete a mapped file.)
+    """
+    kept = 0  # bytes
+    with contextlib.suppress(OSError, ValueError):  # the next new file is another chance
+        paths = new.parent.glob("tokens-*.bin")
+        for path in sorted(paths, key=lambda p: (p == new, p.stat().st_mtime), reverse=True):
+            state = path.with_suffix(".json")
+            entry = json.loads(state.read_bytes())
+            outdated = entry.get("corpus") == corpus.name and entry.get("sha256") != digest
+            size = path.stat().st_size
+            if outdated or (kept and kept + size > MAX_CACHE):
+                path.unlink()
+                state.unlink()
+            else:
+                kept += size

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gpt_lightning.checkpoint import model_and_tokenizer, read_checkpoint
-from gpt_lightning.data.tokenizers import Tokenizer
+from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.quantize import quantize
 from gpt_lightning.generation.sampling import Sampling
@@ -142,7 +142,7 @@ class TextGenerator:
         if not ids:
             with suppress(UserError):  # a vocabulary without a line break
                 ids = self._encode("\n", "prompt")
-        stop_ids = [self._encode(text, "stop") for text in stop]
+        stop_ids = [self._encode_stop(text) for text in stop]
         steps = generate(
             self.model,
             torch.tensor([ids or [0]] * num_samples),
@@ -182,3 +182,11 @@ class TextGenerator:
             return self.tokenizer.encode(text).tolist()
         except UserError as error:
             raise UserError(f"{field}: {error}") from error
+
+    def _encode_stop(self, text: str) -> list[int]:
+        """The ids of a stop string; `unknown` does not apply, or another text would end samples."""
+        try:
+            return tokenizer_from_state(self.tokenizer.state()).encode(text).tolist()
+        except UserError as error:
+            message = "has a character that is not in the vocabulary, so it never occurs"
+            raise UserError(f"stop={text!r} {message}") from error

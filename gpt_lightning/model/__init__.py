@@ -5,9 +5,10 @@ into plain types and back.
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from gpt_lightning.errors import UserError
@@ -67,3 +68,32 @@ def num_parameters(model: nn.Module) -> int:
     """Number of parameters, without the multi-token heads, which generation does not use."""
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if not name.startswith("multi_token_heads."))
+
+
+def grown_weights(
+    weights: dict[str, torch.Tensor], config: ModelConfig, vocab_size: int
+) -> tuple[dict[str, torch.Tensor], ModelConfig]:
+    """Weights and config of a model whose vocabulary gains tokens at its end.
+
+    The rows of the new tokens are the means of the old ones. N-grams of old tokens keep their rows.
+
+    Args:
+        weights: those of a model of `config`.
+        vocab_size: the new one, at least the old one.
+    """
+    if vocab_size == config.vocab_size:
+        return weights, config
+    changes = {"vocab_size": vocab_size}
+    if isinstance(config, GPTConfig):
+        changes["ngram_base"] = config.ngram_base or config.vocab_size
+    grown_config = replace(config, **changes)
+    grown = {}
+    for name, new in build_model(grown_config).state_dict().items():
+        weight = weights[name]
+        for dim, size in enumerate(new.shape):
+            if more := size - weight.shape[dim]:
+                repeats = [more if i == dim else 1 for i in range(weight.ndim)]
+                mean = weight.mean(dim, keepdim=True)
+                weight = torch.cat([weight, mean.repeat(repeats)], dim)
+        grown[name] = weight
+    return grown, grown_config

@@ -36,6 +36,8 @@ class GPTConfig:
         dropout: fraction of the channels that is dropped in training from what each layer adds to
             the residual stream, the same channels at all positions of a window.
         n_gram: length of the longest n-grams that have embeddings, from 2 to 16.
+        ngram_base: base of the numbers that n-grams are; 0: vocab_size. A model whose vocabulary
+            has grown keeps the base of its first vocabulary, so that n-grams keep their rows.
         multi_token_heads: number of extra heads that predict further tokens after the next one,
             in training only (Gloeckle et al. 2024, "Better & Faster Large Language Models via
             Multi-token Prediction").
@@ -53,6 +55,7 @@ class GPTConfig:
     n_embd: int = 128
     dropout: float = 0.0
     n_gram: int = 3
+    ngram_base: int = 0
     multi_token_heads: int = 1
     vocab_size: int = 0
     block_size: int = 0
@@ -61,7 +64,7 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("multi_token_heads", "vocab_size", "block_size"):
+        for name in ("ngram_base", "multi_token_heads", "vocab_size", "block_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if not 2 <= self.n_gram <= 16:
@@ -171,11 +174,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         V, C = config.vocab_size, config.n_embd
+        self.ngram_base = config.ngram_base or V
         self.token_embedding = nn.Embedding(V, C)
         # pairs, triples, ... of input tokens (Huang et al. 2025, "Over-tokenized transformer")
-        self.pair_embedding = nn.Embedding(min(V**2, PAIR_ROWS), C)
+        self.pair_embedding = nn.Embedding(min(self.ngram_base**2, PAIR_ROWS), C)
         self.ngram_embeddings = nn.ModuleList(
-            nn.Embedding(min(V**n, NGRAM_ROWS), C) for n in range(3, config.n_gram + 1)
+            nn.Embedding(min(self.ngram_base**n, NGRAM_ROWS), C)
+            for n in range(3, config.n_gram + 1)
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = nn.Linear(C, V, bias=False)
@@ -227,12 +232,12 @@ class GPT(nn.Module):
         """
         (B, T), longest = ids.shape, self.config.n_gram - 1
         padded = torch.cat([ids[:, :1].expand(B, longest), ids], dim=1)
-        ngram = ids[:, start:]  # as a number whose digits, base V, are its tokens
+        ngram = ids[:, start:]  # as a number whose digits, base `ngram_base`, are its tokens
         x = self.token_embedding(ngram)
         for n, table in enumerate([self.pair_embedding, *self.ngram_embeddings], start=1):
             token = padded[:, start + longest - n : T + longest - n]  # n positions earlier
             # the factor is reduced so that it does not overflow; the remainder stays the same
-            ngram = ngram + token * (self.config.vocab_size**n % (PAIR_ROWS * NGRAM_ROWS))
+            ngram = ngram + token * (self.ngram_base**n % (PAIR_ROWS * NGRAM_ROWS))
             x = x + table(ngram % table.num_embeddings)
         return x
 

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.generator import TextGenerator
@@ -19,7 +21,9 @@ from gpt_lightning.training.saving import find_keeper, optimizer_step_done
 
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
 CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val$", "loss/floor"]]}}
+BEST_LOSS = "summary/best_loss"
 SAMPLE_STEPS = 500
+PROGRESS_SECONDS = 30  # between lines of progress where there is no bar
 
 
 class TrainingClock:
@@ -51,12 +55,19 @@ class TrainingMetrics(Callback):
         self.losses: list[torch.Tensor] = []  # of the current step, one for each micro-step
         self.tokens = 0  # since the last log line
         self.seconds_before = 0.0  # of training, until the last log line
+        self.val_losses: dict[int, float] = {}  # of this process, by step
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        hp = all_settings(module)
+        starts = trainer.is_global_zero and trainer.ckpt_path is None
         for logger in trainer.loggers:
-            logger.log_hyperparams(all_settings(module))
-            if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0:
+            logger.log_hyperparams(hp)
+            if isinstance(logger, TensorBoardLogger) and starts:
                 logger.experiment.add_custom_scalars(CHARTS)
+                # TensorBoard's table of runs: Lightning writes it only with a value of the loss
+                plain = {k: v if isinstance(v, int | float) else str(v) for k, v in hp.items()}
+                for summary in hparams(plain, {BEST_LOSS: 0.0}):
+                    logger.experiment.file_writer.add_summary(summary)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         module.clock.start()
@@ -66,7 +77,8 @@ class TrainingMetrics(Callback):
         self.tokens += batch[1].numel()
         if not optimizer_step_done(trainer, batch_idx):
             return
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 in Lightning's barebones mode
+        if every and trainer.global_step % every == 0:
             self.log_metrics(trainer, module)
         self.losses.clear()
 
@@ -93,28 +105,27 @@ class TrainingMetrics(Callback):
         module.clock.pause()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            module.print(validation_line(trainer))
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.barebones:
+            return
+        self.val_losses[trainer.global_step] = float(trainer.callback_metrics["loss/val"])
+        module.print(validation_line(trainer.callback_metrics, trainer.global_step))
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()
         keeper = find_keeper(trainer)
-        if keeper is None or keeper.best_val_loss == math.inf:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # the settings beside the best loss: a row in TensorBoard's table of runs
-                metrics = {"summary/best_loss": keeper.best_val_loss}
-                logger.log_hyperparams(all_settings(module), metrics, step=trainer.global_step)
+        if keeper is not None and keeper.best_val_loss < math.inf:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.log_metrics({BEST_LOSS: keeper.best_val_loss}, trainer.global_step)
 
 
-def validation_line(trainer: Trainer) -> str:
-    """Step and losses after a validation, in one line."""
-    metrics = trainer.callback_metrics
-    parts = [f"step {trainer.global_step}"]
+def validation_line(metrics: dict[str, Any], step: int, part: str = "val") -> str:
+    """Step and losses after a validation or a test (`part="test"`), in one line."""
+    parts = [f"step {step}"]
     if "loss/train" in metrics:
         parts.append(f"train {metrics['loss/train']:.4f}")
-    parts.append(f"val {metrics['loss/val']:.4f} nats ({metrics['loss/val_bits']:.4f} bits)")
+    nats, bits = metrics[f"loss/{part}"], metrics[f"loss/{part}_bits"]
+    parts.append(f"{part} {nats:.4f} nats ({bits:.4f} bits)")
     if "loss/floor" in metrics:
         parts.append(f"floor {metrics['loss/floor']:.4f}")
     return "  ".join(parts)
@@ -123,7 +134,12 @@ def validation_line(trainer: Trainer) -> str:
 def all_settings(module: LightningModule) -> dict[str, Any]:
     """All settings of the model and the data, flat: `model/n_layer`, `data/block_size`, ..."""
     sections = module.settings().items()
-    return {f"{name}/{k}": v for name, section in sections for k, v in section.items()}
+    settings = {f"{name}/{k}": v for name, section in sections for k, v in section.items()}
+    # TensorBoard refuses file names that are not UTF-8
+    return {
+        k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
+        for k, v in settings.items()
+    }
 
 
 class GenerateText(Callback):
@@ -176,7 +192,9 @@ class GenerateText(Callback):
         with torch.compiler.set_stance("force_eager"):
             (text,) = generator.generate(self.prompt, **self.settings)
         title = f" step {trainer.global_step} ".center(72, "-")
-        module.print(f"\n{title}\n{text.strip()}\n{'-' * 72}")
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        shown = text.strip().encode(encoding, "replace").decode(encoding)  # "?" for what it lacks
+        module.print(f"\n{title}\n{shown}\n{'-' * 72}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 as_code = "\n".join("    " + line for line in text.splitlines())
@@ -186,7 +204,7 @@ class GenerateText(Callback):
 class RunProgressBar(TQDMProgressBar):
     """One bar for all steps of a run, not one for each epoch.
 
-    Disabled when stdout is not a terminal; validation results and samples are still printed.
+    When stdout is not a terminal, a line every 30 seconds takes its place.
     """
 
     def __init__(self, refresh_rate: int = 10):
@@ -208,9 +226,31 @@ class RunProgressBar(TQDMProgressBar):
         """Lightning's would start a new bar."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if self.is_enabled and trainer.global_step % self.refresh_rate == 0:
-            self.train_progress_bar.n = trainer.global_step
-            self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
+        step = trainer.global_step
+        if self.is_enabled:
+            if step % self.refresh_rate == 0:
+                self.train_progress_bar.n = step
+                self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
+            return
+        self.tokens += batch[1].numel() * trainer.world_size
+        seconds = time.monotonic() - self.began
+        if seconds >= PROGRESS_SECONDS and step > self.first_step:
+            parts = [f"step {step}", f"{self.tokens / seconds:,.0f} characters/s"]
+            if "loss/train" in trainer.callback_metrics:
+                parts.insert(1, f"train {trainer.callback_metrics['loss/train']:.4f}")
+            left = (trainer.estimated_stepping_batches - step) * seconds / (step - self.first_step)
+            if left < math.inf:
+                parts.append(f"{timedelta(seconds=round(left))} left")
+            module.print("  ".join(parts))
+            self.start_line(trainer)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.start_line(trainer)
+
+    def start_line(self, trainer: Trainer) -> None:
+        """Measure speed from here to the next line of progress."""
+        self.began, self.first_step, self.tokens = time.monotonic(), trainer.global_step, 0
 
 
 class PredictionWriter(Callback):

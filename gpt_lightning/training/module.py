@@ -54,6 +54,7 @@ class GPTModule(LightningModule):
 
     Attributes:
         net: the model, built by `configure_model`: ids (B, T) -> logits (B, T, V).
+        initial_weights: state dict that `configure_model` loads into it; random weights by default.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class GPTModule(LightningModule):
             )
         self.save_hyperparameters(ignore=["model", "optimizer"], logger=False)
         self.net: Any = None
+        self.initial_weights: dict[str, torch.Tensor] | None = None
         self.val_loss = MeanMetric()
         self.clock = TrainingClock()
         self.grad_norm: torch.Tensor | None = None
@@ -121,6 +123,9 @@ class GPTModule(LightningModule):
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.hparams.seed)
             self.net = build_model(self.config)
+        if self.initial_weights is not None:
+            self.net.load_state_dict(self.initial_weights)
+            self.initial_weights = None
         self.hparams["model"] = config_to_dict(self.config)
         self.hparams["optimizer"] = asdict(self.optimizer_config)
         if self.hparams.compile:
@@ -228,7 +233,8 @@ class GPTModule(LightningModule):
             norm = self.clip_to_norm(optimizer)
             self.grad_norm = self.grad_norm if norm is None else norm
         step = self.global_step + 1
-        if self.device.type == "cpu" or step % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # 0 in Lightning's barebones mode
+        if self.device.type == "cpu" or (every and step % every == 0):
             self.check_finite(step)
 
     def clip_to_norm(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:

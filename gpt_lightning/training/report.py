@@ -8,11 +8,15 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from gpt_lightning.checkpoint import shell_command
+from gpt_lightning.checkpoint import flags_to_repeat, shell_command
+from gpt_lightning.data.corpus import listed
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model import num_parameters
+from gpt_lightning.training.callbacks import TrainingMetrics
 from gpt_lightning.training.module import GPTModule
-from gpt_lightning.training.saving import find_keeper
+from gpt_lightning.training.saving import BestAndLast, find_keeper
+
+NOTICEABLE = 0.01  # nats by which a validation loss must change to be reported
 
 
 class Introduction(Callback):
@@ -43,20 +47,20 @@ class Introduction(Callback):
         device = f"{trainer.strategy.root_device.type} x {trainer.world_size}"
         reason = f" ({self.precision_reason})" if self.precision_reason else ""
         steps = f", {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
-        left_out = [path.name for path in data.corpus.left_out]
-        more = ", ..." if len(left_out) > 5 else ""
-        files = f"       {len(data.corpus.paths):,} text files"
-        if left_out:
-            files += f"; left out, empty or binary: {', '.join(left_out[:5])}{more}"
-        files += "\n" if left_out or len(data.corpus.paths) > 1 else ""
+        start = f"resumes {trainer.ckpt_path}, step {trainer.global_step:,}\n       "
+        files = ""
+        if len(data.corpus.paths) > 1 or data.corpus.left_out:
+            files = f"       {len(data.corpus.paths):,} text files"
+            files += listed("; left out: ", data.corpus.left_out) + "\n"
         return (
             f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {validated}, "
-            f"vocabulary {data.vocab_size}\n"
+            f"vocabulary {data.vocab_size}\n{files}"
             f"model  {config.name}, {shape}block {hp.block_size}: "
             f"{num_parameters(module.net):,} parameters\n"
             f"run    {self.folder or 'no folder'} on {device}, "
             f"batch {hp.batch_size} x {hp.block_size}{steps}\n"
-            f"       {module.optimizer_config.optimizer}, {trainer.precision}{reason}"
+            f"       {start if trainer.ckpt_path else ''}"
+            f"{module.optimizer_config.optimizer}, {trainer.precision}{reason}"
         )
 
 
@@ -81,15 +85,51 @@ def closing_table(
     if "loss/val" in metrics and data.val_floor is not None:
         above = float(metrics["loss/val"]) - data.val_floor
         rows["the floor"] = f"{data.val_floor:.4f} nats: {above:.4f} above it"
+    rows |= outcome(trainer, keeper)
     if keeper is not None:
         path = keeper.best_path if keeper.best_path.exists() else keeper.last_path
         rows["checkpoints"] = str(keeper.folder)
         rows["generate"] = f'{shell_command("generate", path)} --prompt "..."'
-        left = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
-        if any(seconds is not None and seconds <= 0 for seconds in left):
-            rows["resume"] = shell_command("fit", keeper.last_path, "--trainer.max_time=null")
+        if any(map(time_is_over, trainer.callbacks)):
+            flags = ["--trainer.max_time=null", *flags_to_repeat(module.run_settings or {})]
+            rows["resume"] = shell_command("fit", keeper.last_path, *flags)
     width = max(map(len, rows))
     return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def outcome(trainer: Trainer, keeper: BestAndLast | None) -> dict[str, str]:
+    """Whether the run was stopped early, and why; whether it overfitted or is still falling."""
+    rows, step, planned = {}, trainer.global_step, trainer.estimated_stepping_batches
+    if step < planned:
+        # EarlyStopping of Lightning 2.6 and later has a message
+        reasons = [getattr(c, "stopping_reason_message", None) for c in trainer.callbacks]
+        reasons += ["--trainer.max_time is over" for c in trainer.callbacks if time_is_over(c)]
+        reason = next(filter(None, reasons), "by a callback")
+        end = f" of {planned:,}" if planned < math.inf else ""
+        rows["stopped early"] = f"step {step:,}{end}: {reason}"
+    metrics = next(c for c in trainer.callbacks if isinstance(c, TrainingMetrics))
+    losses = dict(metrics.val_losses)
+    if keeper is not None and keeper.best_val_loss < math.inf:
+        losses[keeper.best_step] = keeper.best_val_loss  # maybe from before the run was resumed
+    if len(losses) < 2:
+        return rows
+    best_step = min(losses, key=losses.get)
+    (before_step, before), (_, last) = sorted(losses.items())[-2:]
+    rise, fall = last - losses[best_step], before - last
+    if rise >= NOTICEABLE:
+        rows["overfitted"] = f"lowest at step {best_step:,}, +{rise:.2f} since"
+    elif fall >= NOTICEABLE:
+        rows["still falling"] = f"{fall:.4f} nats since step {before_step:,}"
+        if keeper is not None and step >= planned:
+            longer = f"--trainer.max_steps={2 * step}"
+            flags = [longer, *flags_to_repeat(trainer.lightning_module.run_settings or {})]
+            rows["train longer"] = shell_command("fit", keeper.last_path, *flags)
+    return rows
+
+
+def time_is_over(callback: Callback) -> bool:
+    left = callback.time_remaining() if isinstance(callback, Timer) else None
+    return left is not None and left <= 0
 
 
 def in_nats(loss: float, unit: str = "") -> str:

@@ -12,6 +12,7 @@ import filelock
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -62,8 +63,8 @@ class BestAndLast(Checkpoint):
     `last.ckpt` is saved at the start of the next batch, after any validation. A run that is killed
     in between resumes from the previous checkpoint and repeats the validation.
 
-    The first Ctrl-C, SIGTERM or SIGHUP saves after the current step and raises `Interrupted`. A
-    second Ctrl-C acts at once.
+    The first Ctrl-C, SIGTERM or SIGHUP, and in a SLURM job SIGUSR1, saves after the current step
+    and raises `Interrupted`. A second Ctrl-C acts at once.
 
     Args:
         every_n_train_steps: optimizer steps between two saves of `last.ckpt`; 0 saves at the end of
@@ -142,6 +143,8 @@ class BestAndLast(Checkpoint):
             hangup = getattr(signal, "SIGHUP", None)  # Windows has none
             if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
                 signums.append(hangup)
+            if SLURMEnvironment.detect():  # in place of Lightning's, which saves within a step
+                signums.append(signal.SIGUSR1)
             self.old_handlers = {n: signal.signal(n, self.on_signal) for n in signums}
 
     def keep_later_checkpoints(self, trainer: Trainer) -> None:

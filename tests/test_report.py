@@ -1,0 +1,106 @@
+"""What a run says about itself: while it runs, at its end, and in TensorBoard."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt_lightning import GPTConfig, GPTModule, TextDataModule
+from gpt_lightning.cli import main
+from gpt_lightning.training import callbacks
+from gpt_lightning.training.callbacks import RunProgressBar, TrainingMetrics
+from gpt_lightning.training.report import outcome
+
+
+@pytest.mark.parametrize(
+    ("losses", "rows"),
+    [
+        ([1.0, 0.8, 0.7, 0.8], {"overfitted": "lowest at step 750, +0.10 since"}),
+        ([1.0, 0.8, 0.75, 0.7], {"still falling": "0.0500 nats since step 750"}),
+        ([1.0, 0.8, 0.704, 0.7], {}),
+        ([0.7], {}),
+        ([], {}),
+    ],
+)
+def test_the_outcome_of_a_run_follows_from_its_validation_losses(losses, rows):
+    metrics = TrainingMetrics()
+    metrics.val_losses = {250 * (i + 1): loss for i, loss in enumerate(losses)}
+    trainer = SimpleNamespace(
+        global_step=1000, estimated_stepping_batches=1000, callbacks=[metrics]
+    )
+    assert outcome(trainer, None) == rows
+
+
+def test_a_run_that_ends_early_says_why(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    stop = ["callbacks+=EarlyStopping", "callbacks.monitor=loss/val", "callbacks.patience=2",
+            "callbacks.min_delta=100", "val_check_interval=4", "max_steps=400"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["fit", *TINY, *(f"--trainer.{flag}" for flag in stop)])
+    row = re.search(r"^stopped early +(.+)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert row.startswith("step 12 of 400: ") and "loss/val did not improve" in row
+
+
+def test_commands_name_the_checkpoint_that_they_take(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    printed = {}
+    for command in ("validate", "test", "generate"):
+        with pytest.raises(SystemExit):
+            main([command, *(["--max_new_tokens=3"] if command == "generate" else [])])
+        printed[command] = capsys.readouterr()
+    path = "lightning_logs/version_0/checkpoints/best.ckpt"
+    assert printed["generate"].err == f"checkpoint {path}, step 4\n"
+    for command, part in (("validate", "val"), ("test", "test")):
+        assert path in printed[command].out
+        assert re.search(rf"^step 4  {part} \d.\d+ nats \(", printed[command].out, re.MULTILINE)
+
+
+def test_a_lack_of_memory_is_told_as_one(trained, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(GPTModule, "losses", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *TINY])
+    assert end.value.code == 2
+    assert "out of memory" in (error := capsys.readouterr().err) and "--data.batch_size=4" in error
+
+
+def fit(folder, *given: Callback, **settings) -> None:
+    path = folder / "text.txt"
+    path.write_text("0123456789" * 200)
+    data = TextDataModule(str(path), block_size=8, batch_size=4)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=3, callbacks=list(given), enable_checkpointing=False,
+        enable_model_summary=False, log_every_n_steps=1, **settings
+    )  # fmt: skip
+    trainer.fit(GPTModule(GPTConfig(n_layer=1, n_head=2, n_embd=16)), data)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_redirected_output_shows_progress(terminal, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    fit(tmp_path, RunProgressBar(), logger=False)
+    line = r"^step (\d)  (?:train \d\.\d{4}  )?[\d,]+ characters/s  \d:\d\d:\d\d left$"
+    shown = re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    assert shown == ([] if terminal else ["1", "2", "3"])
+
+
+def test_tensorboard_has_the_settings_from_the_first_step(tmp_path):
+    class Read(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.logger.experiment.flush()
+            events = EventAccumulator(trainer.logger.log_dir).Reload()
+            self.settings = str(events.summary_metadata["_hparams_/session_start_info"])
+
+    read = Read()
+    fit(tmp_path, read, logger=TensorBoardLogger(tmp_path), enable_progress_bar=False)
+    assert "model/n_embd" in read.settings and "data/block_size" in read.settings
+    assert "_instantiator" not in read.settings
