@@ -272,7 +272,8 @@ def check_compatible(
     if same_corpus and theirs["sha256"] != mine["sha256"]:
         raise UserError(
             f"corpus={mine['name']} is not the text that ckpt_path={path} was trained on "
-            f"({theirs['name']}), or that text has changed; train anew without ckpt_path"
+            f"({theirs['name']}), or that text has changed; start a new run from these weights "
+            f"with init_from={path} in place of ckpt_path"
         )
     for name in ("split", "val_fraction"):
         if same_corpus and theirs[name] != mine[name]:
@@ -281,7 +282,10 @@ def check_compatible(
                 f"{name}={theirs[name]}; {advice}"
             )
     if entry["tokenizer"] != ours["tokenizer"]:
-        raise UserError(f"ckpt_path={path} has another vocabulary than this text; {advice}")
+        raise UserError(
+            f"ckpt_path={path} has another vocabulary than this text; {advice}, or start from its "
+            f"weights with init_from={path}"
+        )
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -7,14 +7,8 @@
 3. The command runs, and the settings are stored in the run's folder and in its checkpoints.
 """
 
-import csv
-import inspect
-import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from contextlib import suppress
@@ -29,7 +23,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -39,20 +33,28 @@ from gpt_lightning.checkpoint import (
     LOGS,
     check_compatible,
     flags_to_repeat,
-    is_plain,
     read_newest_intact,
     shell_command,
 )
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, with_flags
+from gpt_lightning.fine_tuning import begin_from
+from gpt_lightning.launchers import (
+    REQUEUE_SIGNAL,
+    SLURM_NOTE,
+    adopt_torchrun,
+    requeue,
+    requeued_checkpoint,
+    slurm_note,
+)
 from gpt_lightning.model import CONFIGS, config_from_dict
+from gpt_lightning.run_loggers import loggers_in, open_loggers, resumed_loggers
 from gpt_lightning.settings import (
     Settings,
     as_list,
     build_parser,
     check_trainer_settings,
     choose_length,
-    class_path,
     flag_names,
     parse,
     restore,
@@ -120,11 +122,19 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     if which is None and folder is None and SLURMEnvironment.detect():
         note = slurm_note(settings)
         which = requeued_checkpoint(note, Path(root))
+    start, weights = settings.pop("init_from", None), None
+    if start is not None and (command != "fit" or settings.get("ckpt_path") is not None):
+        raise UserError("--init_from is for a new run: fit without --ckpt_path")
     if which is not None:
         path, checkpoint = read_newest_intact(which, root)
         settings = restore(parser, argv, settings, checkpoint)
+    elif start is not None:
+        start, beginning = read_newest_intact(start, root)
+        weights = begin_from(beginning, start, settings["data"], settings["model"])
+        if rank_zero_only.rank == 0:
+            print(f"start  {start}, step {beginning['global_step']:,}")
     run = build(parser, command, settings, path, checkpoint, folder)
-    run.slurm_note = note
+    run.slurm_note, run.module.initial_weights = note, weights
     try:
         {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
     except Interrupted as stop:
@@ -135,6 +145,8 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
             f"out of memory: a smaller value than batch_size={sizes.batch_size} or "
             f"block_size={sizes.block_size} needs less"
         ) from error
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # otherwise gloo's threads abort at the exit
     return 0
 
 
@@ -182,6 +194,7 @@ def build(
     reason, changes, loggers = "", {}, {}
     if command == "fit":
         check_trainer_settings(options, first_step)
+        adopt_torchrun(options)
         device, world_size = probe_hardware(parser, options)
         choose_length(options, data, world_size)
         if options.get("precision") is None:
@@ -192,14 +205,7 @@ def build(
                 folder = path.parent.parent
             elif folder is None:
                 folder = new_run_folder(Path(options.get("default_root_dir") or ".") / LOGS)
-            place = (folder.parent.parent, folder.parent.name, folder.name)
-            loggers["csv"] = CSVLogger(*place)
-            loggers["tensorboard"] = TensorBoardLogger(
-                *place,
-                default_hp_metric=False,
-                purge_step=first_step + 1,  # hides what a killed run logged after its checkpoint
-                flush_secs=10,
-            )
+            loggers = loggers_in(folder, first_step)
             if checkpoint is not None and path.parent.parent == folder:
                 changes["logger"] = resumed_loggers(options.get("logger"), checkpoint)
         # in a SLURM job, Lightning resumes from any hpc_ckpt_*.ckpt in the default_root_dir
@@ -325,7 +331,7 @@ def fit(run: Run) -> None:
         keeper.claim(keeper.folder)  # before the Trainer opens the loggers, which write there
     note = run.folder / SLURM_NOTE if run.folder and run.slurm_note else None
     if run.folder is not None and trainer.is_global_zero:
-        open_loggers(run)
+        module.run_settings["logger_runs"] = open_loggers(trainer.loggers, run.first_step)
         if note is not None:
             note.write_text(run.slurm_note, encoding="utf-8")
     began = time.perf_counter()
@@ -350,87 +356,6 @@ def fit(run: Run) -> None:
             note.unlink(missing_ok=True)
         seconds = time.perf_counter() - began
         print(closing_table(trainer, module, data, seconds, run.first_step), flush=True)
-
-
-# a SLURM job that is requeued runs the same command again
-
-REQUEUE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
-SLURM_NOTE = "slurm.json"  # in the folder of a run that has not reached its end
-
-
-def slurm_note(settings: Settings) -> str:
-    """The job and what identifies a run in it: the given settings that affect the weights."""
-    trainer = {k: v for k, v in settings["trainer"].items() if k != "max_time"}
-    names = ("seed_everything", "data", "model")
-    run = {name: settings.get(name) for name in names} | {"trainer": trainer}
-    return json.dumps({"job": slurm_job(), **run}, sort_keys=True)
-
-
-def slurm_job() -> str:
-    names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
-    array = [os.environ[name] for name in names if name in os.environ]
-    return "_".join(array) or os.environ.get("SLURM_JOB_ID", "")
-
-
-def requeued_checkpoint(note: str, root: Path) -> str | None:
-    """The last checkpoint of the run with this note, or None if there is none."""
-    for path in root.glob(f"{LOGS}/*/{SLURM_NOTE}"):
-        last = path.parent / "checkpoints" / "last.ckpt"
-        if last.exists() and path.read_text(encoding="utf-8") == note:
-            return str(last)
-    return None
-
-
-def requeue() -> None:
-    try:
-        subprocess.run(["scontrol", "requeue", slurm_job()], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"the SLURM job could not be requeued ({error})", file=sys.stderr)
-
-
-# loggers that go on in the place of the run that is resumed
-
-RUN_ARGUMENTS = ("version", "run_id", "experiment_key")  # one of them is its run, for each class
-
-
-def open_loggers(run: Run) -> None:
-    """Open the loggers, and note for the checkpoints which run of its logger this one is."""
-    runs = run.module.run_settings["logger_runs"] = []
-    for logger in run.trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            keep_rows(logger, run.first_step)
-        getattr(logger, "experiment", None)  # opens it; some have no version before
-        known = inspect.signature(type(logger)).parameters
-        runs.append({name: logger.version for name in RUN_ARGUMENTS if name in known})
-
-
-def resumed_loggers(settings: Any, checkpoint: dict[str, Any]) -> Any:
-    """The settings of the loggers, with the runs that `open_loggers` noted in the checkpoint."""
-    resumed, stored = deepcopy(settings), checkpoint[KEY]["settings"]
-    before = as_list(stored["trainer"].get("logger"))
-    runs = stored.get("logger_runs", [])
-    for one, same, run in zip(as_list(resumed), before, runs, strict=False):
-        if isinstance(one, dict) and class_path(one) == class_path(same) and is_plain(run):
-            one["init_args"] = {**run, **one.get("init_args", {})}
-    return resumed
-
-
-def keep_rows(logger: CSVLogger, first_step: int) -> None:
-    """Keep the rows of the steps before `first_step` in metrics.csv; CSVLogger deletes the file.
-
-    If there are later rows, the whole old file is kept under another name.
-    """
-    path = Path(logger.log_dir, "metrics.csv")
-    if not path.exists():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    kept = [row for row in rows if int(row["step"]) <= first_step]
-    old = path.replace(path.with_name(f"metrics-step{max(int(row['step']) for row in rows)}.csv"))
-    logger.experiment.metrics = kept
-    logger.save()
-    if kept == rows:
-        old.unlink()
 
 
 def check_prompt(run: Run) -> None:

@@ -104,3 +104,10 @@ def test_tensorboard_has_the_settings_from_the_first_step(tmp_path):
     fit(tmp_path, read, logger=TensorBoardLogger(tmp_path), enable_progress_bar=False)
     assert "model/n_embd" in read.settings and "data/block_size" in read.settings
     assert "_instantiator" not in read.settings
+
+
+def test_a_run_that_becomes_slow_for_a_minute_says_so_once():
+    metrics = TrainingMetrics()
+    speeds = [(0, 90), (10, 90), (20, 29), (60, 31), (70, 29), (119, 29), (121, 29), (300, 29)]
+    speeds += [(310, 90), (320, 20), (371, 20)]
+    assert [now for now, speed in speeds if metrics.is_slow(speed, now)] == [121, 371]

@@ -3,15 +3,19 @@
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from kills import (
     CHECKPOINTS,
     FIT,
     RESUME,
+    ROOT,
     Strike,
     chain,
     checkpoint,
@@ -147,3 +151,36 @@ def test_a_killed_process_ends_the_run_and_one_process_continues_it(tmp_path):
     logged = [s for s, _ in series(tmp_path)["loss/train"] if s > step]
     assert logged == list(range(step + 10, step + 31, 10))
     assert checkpoint(tmp_path)["global_step"] == step + 30
+
+
+def test_two_agents_of_torchrun_train_as_one_process_with_the_whole_batch(tmp_path):
+    run = [
+        *RUN,
+        *LECTURE,
+        "--trainer.max_steps=20",
+        "--model.dropout=0",
+        "--sample.every_n_steps=0",
+    ]
+    finish(tmp_path / "one", *run, "--data.batch_size=12")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = tmp_path / "agents"
+    agents.mkdir()
+    processes = []
+    for rank in range(2):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node_rank={rank}",
+        ]
+        command += ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command += ["-m", "gpt_lightning", *run, "--data.batch_size=6"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen(command, cwd=agents, env=environment))
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    one, two = (checkpoint(folder)["state_dict"] for folder in (tmp_path / "one", agents))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)

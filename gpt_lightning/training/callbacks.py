@@ -23,6 +23,7 @@ from gpt_lightning.training.saving import find_keeper, optimizer_step_done
 CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val$", "loss/floor"]]}}
 BEST_LOSS = "summary/best_loss"
 SAMPLE_STEPS = 500
+SLOW_SECONDS = 60  # at a third of the best speed, before a line says so
 PROGRESS_SECONDS = 30  # between lines of progress where there is no bar
 
 
@@ -56,6 +57,7 @@ class TrainingMetrics(Callback):
         self.tokens = 0  # since the last log line
         self.seconds_before = 0.0  # of training, until the last log line
         self.val_losses: dict[int, float] = {}  # of this process, by step
+        self.best_speed, self.last_fast = 0.0, math.inf  # `last_fast` is a time
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         hp = all_settings(module)
@@ -87,10 +89,13 @@ class TrainingMetrics(Callback):
         loss = float(loss)  # a GPU finishes its work here, before the clock is read
         module.clock.pause()
         seconds = module.clock.seconds - self.seconds_before
-        metrics = {
-            "loss/train": loss,
-            "speed/chars_per_second": self.tokens * trainer.world_size / max(seconds, 1e-9),
-        }
+        speed = self.tokens * trainer.world_size / max(seconds, 1e-9)
+        metrics = {"loss/train": loss, "speed/chars_per_second": speed}
+        if self.is_slow(speed, time.monotonic()):
+            module.print(
+                f"step {trainer.global_step}  training has been at less than a third of its best "
+                "speed for a minute: do other programs use the processor?"
+            )
         for group in trainer.optimizers[0].param_groups:
             name = "optimizer/lr_muon" if group.get("muon") else "optimizer/lr"
             metrics[name] = float(group["lr"])
@@ -100,6 +105,16 @@ class TrainingMetrics(Callback):
         module.log_to_loggers(metrics)
         self.tokens, self.seconds_before = 0, module.clock.seconds
         module.clock.start()
+
+    def is_slow(self, speed: float, now: float) -> bool:
+        """True once, if for a minute each speed was below a third of the best one."""
+        self.best_speed = max(self.best_speed, speed)
+        if speed >= self.best_speed / 3:
+            self.last_fast = now
+        if now - self.last_fast < SLOW_SECONDS:
+            return False
+        self.last_fast = math.inf  # until it is fast again
+        return True
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()

@@ -1,0 +1,67 @@
+"""Fine-tuning: a new run that begins with the weights of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_lightning.checkpoint import KEY, MAY_DIFFER
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.errors import UserError
+from gpt_lightning.model import config_from_dict, config_to_dict, grown_weights
+
+
+def begin_from(
+    checkpoint: dict[str, Any], path: Path, data: dict[str, Any], model: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Complete the settings of a new run by those of a checkpoint; returns the initial weights.
+
+    Tokenizer, block_size and the model's settings come from the checkpoint. Characters of the new
+    text that the checkpoint does not know are added to the end of its vocabulary, unless
+    `unknown` drops or replaces them.
+
+    Args:
+        checkpoint: from `read_checkpoint(path)`.
+        data: arguments of `TextDataModule`, completed in place.
+        model: settings of the model, completed in place.
+
+    Raises:
+        UserError: if a given setting does not fit the weights.
+    """
+    entry = checkpoint[KEY]
+    config, tokenizer = config_from_dict(entry["model"]), entry["tokenizer"]
+    vocab_size = config.vocab_size
+    if "vocabulary" in data:
+        raise UserError("vocabulary cannot be given together with init_from, which sets it")
+    _complete(data, "tokenizer", tokenizer["kind"], path)
+    if config.name == "lecture":  # it has a weight for each position
+        _complete(data, "block_size", config.block_size, path)
+    data.setdefault("block_size", config.block_size)
+    if data["tokenizer"] == "char":
+        data["vocabulary"] = tokenizer["vocabulary"]
+        if data.get("unknown", "error") == "error":
+            of_text = TextDataModule(**{**data, "vocabulary": None})
+            of_text.prepare_data()
+            new = set(of_text.token_file.tokenizer.vocabulary) - set(data["vocabulary"])
+            data["vocabulary"] += "".join(sorted(new))
+        vocab_size = len(data["vocabulary"])
+    weights = {
+        name.removeprefix("net."): weight for name, weight in checkpoint["state_dict"].items()
+    }
+    weights, config = grown_weights(weights, config, vocab_size)
+    for name, value in config_to_dict(config).items():
+        if name in MAY_DIFFER:
+            model.setdefault(name, value)
+        elif name != "block_size":
+            _complete(model, name, value, path)
+    model.pop("vocab_size")  # it comes from the data
+    return weights
+
+
+def _complete(settings: dict[str, Any], name: str, value: Any, path: Path) -> None:
+    """Set a setting that is not given; one that is given must be equal."""
+    if settings.setdefault(name, value) != value:
+        raise UserError(
+            f"{name}={settings[name]} does not fit init_from={path}, which has {name}={value}; "
+            "drop the setting"
+        )
