@@ -4,6 +4,7 @@
 is one that was not given. `choose_length` then chooses the settings that depend on the text.
 """
 
+import re
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -208,9 +209,15 @@ def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
             f"--trainer.limit_train_batches={batches} must be a multiple of "
             f"--trainer.accumulate_grad_batches={accumulate}"
         )
-    if trainer.get("strategy") in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
+    strategy = class_path(trainer.get("strategy")) or "auto"
+    if re.search("fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise UserError(
-            f"--trainer.strategy={trainer['strategy']} is for notebooks: the results of its "
+            f"--trainer.strategy={strategy} splits the parameters: Muon needs whole matrices, and "
+            "gradients would be clipped by the norm of a part; use --trainer.strategy=ddp"
+        )
+    if strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
+        raise UserError(
+            f"--trainer.strategy={strategy} is for notebooks: the results of its "
             "processes do not return to this command; use --trainer.strategy=ddp"
         )
 

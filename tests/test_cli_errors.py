@@ -86,6 +86,8 @@ def test_a_text_that_cannot_be_trained_on(here, refused, data, parts):
         ("--trainer.accelerator=foo", ["--trainer.accelerator=foo", "invalid accelerator"]),
         ("--trainer.max_steps=0", ["--trainer.max_steps=0 must be above 0"]),
         ("--trainer.strategy=ddp_spawn", ["use --trainer.strategy=ddp"]),
+        ("--trainer.strategy=fsdp", ["splits the parameters", "use --trainer.strategy=ddp"]),
+        ("--trainer.strategy=ModelParallelStrategy", ["splits the parameters"]),
         ("--trainer.num_nodes=2", ["num_nodes=2 would wait for the other nodes", "torchrun"]),
         ("--trainer.callbacks+=nothere.Mine", ["No module named 'nothere'"]),
         ("--trainer.max_time=soon", ["DD:HH:MM:SS"]),
