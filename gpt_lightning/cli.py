@@ -5,6 +5,7 @@
 """
 
 import argparse
+import errno
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -65,6 +66,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        discard(sys.stdout)
+        print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         line = " ".join(str(error).split())
         line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +52,12 @@ def _replace(source: Path, target: Path) -> None:
             return os.replace(source, target)
         time.sleep(0.05)
     os.replace(source, target)
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with a number if it exists: `a.ckpt`, `a-1.ckpt`, `a-2.ckpt`, ..."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(name for name in chain([path], names) if not name.exists())
 
 
 def file_sha256(path: str | Path) -> str:

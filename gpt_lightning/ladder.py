@@ -81,6 +81,8 @@ def climb(argv: list[str]) -> int:
                 "resumes an interrupted climb"
             )
     seeds, names = args.seeds.split(","), args.rungs and args.rungs.split(",")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds={args.seeds} names a seed twice")
     rows: list[Row] = []
     for rung in find_rungs(args.configs, names):
         if not names and rung.stem.endswith("_gpu") and not torch.cuda.is_available():

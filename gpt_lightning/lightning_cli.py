@@ -7,6 +7,7 @@
 3. The command runs, and the settings are stored in the run's folder and in its checkpoints.
 """
 
+import errno
 import logging
 import os
 import time
@@ -14,7 +15,7 @@ import warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from gpt_lightning.checkpoint import (
 )
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, with_flags
+from gpt_lightning.files import unused
 from gpt_lightning.fine_tuning import begin_from
 from gpt_lightning.launchers import (
     REQUEUE_SIGNAL,
@@ -97,6 +99,8 @@ def silence_lightning() -> None:
     """Silence the notices that Lightning prints for every run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks.model_summary"):  # the user asks for their reports
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for message in (
         ".*GPU available but not used.*",
         ".*LeafSpec.*is deprecated.*",
@@ -129,7 +133,10 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         path, checkpoint = read_newest_intact(which, root)
         settings = restore(parser, argv, settings, checkpoint)
     elif start is not None:
-        start, beginning = read_newest_intact(start, root)
+        try:
+            start, beginning = read_newest_intact(start, root)
+        except UserError as error:
+            raise UserError(str(error).replace("ckpt_path=", "init_from=")) from error
         weights = begin_from(beginning, start, settings["data"], settings["model"])
         if rank_zero_only.rank == 0:
             print(f"start  {start}, step {beginning['global_step']:,}")
@@ -139,6 +146,12 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
     except Interrupted as stop:
         return 128 + stop.signum
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk is full: {error.filename or run.folder}") from error
     except torch.OutOfMemoryError as error:
         sizes = run.data.hparams
         raise UserError(
@@ -203,6 +216,11 @@ def build(
         if not (options.get("fast_dev_run") or barebones):
             if path is not None and path.parent.name == "checkpoints":
                 folder = path.parent.parent
+                root = options.get("default_root_dir")
+                if root and Path(root).resolve() != folder.resolve().parent.parent:
+                    raise UserError(
+                        f"default_root_dir={root} is not where ckpt_path={path} resumes; drop it"
+                    )
             elif folder is None:
                 folder = new_run_folder(Path(options.get("default_root_dir") or ".") / LOGS)
             loggers = loggers_in(folder, first_step)
@@ -276,7 +294,9 @@ def build_trainer(
     try:
         return Trainer(**values)
     except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
-        flags = " ".join(f"--trainer.{name}={value}" for name, value in settings.items())
+        ours = {*TRAINER_DEFAULTS, "barebones"}
+        given = {name: value for name, value in settings.items() if name not in ours}
+        flags = " ".join(f"--trainer.{name}={value}" for name, value in given.items())
         raise UserError(f"{error} ({flags})") from error
 
 
@@ -384,9 +404,7 @@ def predict(run: Run) -> None:
     """Write the cost in nats of each held-out token to `predictions.npy`."""
     if run.trainer.world_size > 1:
         raise UserError("predict runs in one process: use --trainer.devices=1")
-    folder = Path(run.trainer.default_root_dir)
-    names = chain(["predictions.npy"], (f"predictions-{number}.npy" for number in count(1)))
-    path = next(folder / name for name in names if not (folder / name).exists())
+    path = unused(Path(run.trainer.default_root_dir, "predictions.npy"))
     writer = PredictionWriter(path)
     run.trainer.callbacks.append(writer)
     try:

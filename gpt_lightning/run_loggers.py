@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from gpt_lightning.checkpoint import KEY, is_plain
+from gpt_lightning.files import unused
 from gpt_lightning.settings import as_list, class_path
 
 RUN_ARGUMENTS = ("version", "run_id", "experiment_key")  # one of them is its run, for each class
@@ -61,7 +62,7 @@ def keep_rows(logger: CSVLogger, first_step: int) -> None:
         rows = list(csv.DictReader(file))
     kept = [row for row in rows if int(row["step"]) <= first_step]
     last_step = max((int(row["step"]) for row in rows), default=0)
-    old = path.replace(path.with_name(f"metrics-step{last_step}.csv"))
+    old = path.replace(unused(path.with_stem(f"metrics-step{last_step}")))
     logger.experiment.metrics = kept
     logger.save()
     if kept == rows:

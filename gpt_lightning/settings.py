@@ -100,7 +100,12 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     text = parser.dump(namespace, skip_unset=False, skip_validation=True)
     given = yaml.safe_load(text) or {}  # plain types only
     given.pop("config", None)
+    if (seed := given.get("seed_everything", 0)) >= 2**32:
+        raise UserError(f"--seed_everything={seed} must be below 2**32")
     settings = {**given, **{section: given.get(section) or {} for section in SECTIONS}}
+    for section in SECTIONS:
+        if not isinstance(settings[section], dict):
+            raise UserError(f"{section}: {settings[section]} must be a mapping of settings")
     if logger := settings["trainer"].get("logger"):
         several = isinstance(logger, list)
         settings["trainer"]["logger"] = (
@@ -189,9 +194,13 @@ def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
         "check_val_every_n_epoch",
         "log_every_n_steps",
         "accumulate_grad_batches",
+        "limit_train_batches",
     ):
         if trainer.get(name) == 0:
             raise UserError(f"--trainer.{name}=0 must be above 0")
+    if (trainer.get("gradient_clip_val") or 0) < 0:
+        clip = trainer["gradient_clip_val"]
+        raise UserError(f"--trainer.gradient_clip_val={clip} must be 0 or more")
     if 0 < (trainer.get("max_steps") or 0) <= first_step:
         raise UserError(
             f"this run has done its {first_step:,} steps; train further with "

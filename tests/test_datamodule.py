@@ -292,7 +292,7 @@ def test_validation_works_on_a_text_too_short_for_training(make, text):
     assert data.val_spans == [(0, len(text))]
     predicted = [data.tokenizer.decode(y.flatten()) for _, y in data.val_dataloader()]
     assert "".join(predicted) == text[1:]
-    with pytest.raises(UserError, match="too large"):
+    with pytest.raises(UserError, match="leaves no text to train on"):
         data.train_dataloader()
 
 
@@ -347,7 +347,7 @@ def test_an_invalid_setting_is_refused_at_construction(field, value):
         (dict(batch_size=112), "^block_size=8 with batch_size=112 is too large"),
         (dict(batch_size=56, world=2), "^block_size=8 with batch_size=56 is too large"),
         (dict(text="abc"), "more text"),
-        (dict(val_fraction=1.0), "more text"),
+        (dict(val_fraction=1.0), "leaves no text to train on"),
     ],
 )
 def test_sizes_too_large_for_the_text_are_refused(make, settings, message):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gpt_lightning.errors import UserError
-from gpt_lightning.files import cache_dir, file_sha256, write_atomically
+from gpt_lightning.files import cache_dir, file_sha256, unused, write_atomically
 
 
 def names(folder):
@@ -79,3 +79,10 @@ def test_a_cache_that_cannot_be_created_is_a_users_error(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "file/cache"))
     with pytest.raises(UserError, match="set GPT_LIGHTNING_CACHE to a folder"):
         cache_dir()
+
+
+def test_a_name_in_use_gets_a_number(tmp_path):
+    path = tmp_path / "a.b.ckpt"
+    for name in ("a.b.ckpt", "a.b-1.ckpt", "a.b-2.ckpt"):
+        assert unused(path).name == name
+        unused(path).touch()

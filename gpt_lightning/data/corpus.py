@@ -265,7 +265,9 @@ def _download(name: str, url: str, path: Path, digest: str | None) -> None:
 
 def _fetch(name: str, url: str, path: Path, digest: str | None) -> None:
     print(f"Downloading {url} to {path} ...", file=sys.stderr)
-    limit = int(os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", MAX_DOWNLOAD))
+    limit = os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", str(MAX_DOWNLOAD))
+    if not limit.isdecimal():
+        raise UserError(f"GPT_LIGHTNING_MAX_DOWNLOAD={limit} must be a number of bytes")
     url = quote(url, safe=string.punctuation)  # spaces and the like
     try:
         with urlopen(url, timeout=TIMEOUT) as source, write_atomically(path) as file:
@@ -273,7 +275,7 @@ def _fetch(name: str, url: str, path: Path, digest: str | None) -> None:
                 raise OSError(f"redirected to {source.url}, which others can change")
             while block := source.read(1 << 20):
                 file.write(block)
-                if file.tell() > limit:
+                if file.tell() > int(limit):
                     raise OSError(f"larger than GPT_LIGHTNING_MAX_DOWNLOAD={limit} bytes")
             if file.tell() != int(source.headers.get("Content-Length", file.tell())):
                 raise OSError("the connection ended early")

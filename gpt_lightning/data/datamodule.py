@@ -214,6 +214,8 @@ class TextDataModule(LightningDataModule):
             )
         if stage not in (None, "fit"):
             return
+        if hp.val_fraction == 1:
+            raise UserError("val_fraction=1 leaves no text to train on; it is for validate")
         self.windows = self._windows(hp.block_size)
         if self._largest_batch(hp.block_size) < hp.batch_size:
             sizes, block_size = "", hp.block_size

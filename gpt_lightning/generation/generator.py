@@ -136,6 +136,7 @@ class TextGenerator:
                 raise UserError(f"{name}={value} must be at least 1")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed} must be 0 or more and below 2**63")
+        stop = [stop] if isinstance(stop, str) else stop
         if "" in stop:
             raise UserError("stop='' must have at least one character")
         ids = self._encode(prompt, "prompt")

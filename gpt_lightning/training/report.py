@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from gpt_lightning.checkpoint import flags_to_repeat, shell_command
 from gpt_lightning.data.corpus import listed
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.files import unused
 from gpt_lightning.model import num_parameters
 from gpt_lightning.training.callbacks import TrainingMetrics
 from gpt_lightning.training.module import GPTModule
@@ -33,7 +34,7 @@ class Introduction(Callback):
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         path = self.folder / "config.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != text:  # of the run it resumes
-            path = path.with_name(f"config-step{trainer.global_step}.yaml")
+            path = unused(path.with_stem(f"config-step{trainer.global_step}"))
         path.write_text(text, encoding="utf-8")
 
     def text(self, trainer: Trainer, module: GPTModule, data: TextDataModule) -> str:

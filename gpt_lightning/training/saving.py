@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.errors import UserError
-from gpt_lightning.files import write_atomically
+from gpt_lightning.files import unused, write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -155,7 +155,7 @@ class BestAndLast(Checkpoint):
             with contextlib.suppress(UserError):  # missing or damaged: nothing to keep
                 step = read_checkpoint(path)["global_step"]
                 if step > trainer.global_step:
-                    kept = path.replace(path.with_name(f"{path.stem}-step{step}.ckpt"))
+                    kept = path.replace(unused(path.with_stem(f"{path.stem}-step{step}")))
                     print(f"Resuming from an earlier step; {path.name} is kept as {kept}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
