@@ -10,6 +10,7 @@
 import errno
 import logging
 import os
+import re
 import time
 import warnings
 from contextlib import suppress
@@ -152,7 +153,10 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"the disk is full: {error.filename or run.folder}") from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
+        if not re.search("out of memory|alloc_failed|can't allocate memory", str(error), re.I):
+            raise
         sizes = run.data.hparams
         raise UserError(
             f"out of memory: a smaller value than batch_size={sizes.batch_size} or "
