@@ -19,6 +19,7 @@ QUICK = [
     "--trainer.val_check_interval=2",
     "--trainer.limit_val_batches=1",
     "--model.eval_iters=2",
+    "--model.compile=false",  # the configs for a GPU compile, which takes long on a CPU
     "--sample.every_n_steps=2",
     "--sample.max_new_tokens=5",
 ]
