@@ -135,7 +135,7 @@ class TrainingMetrics(Callback):
 
 
 def validation_line(metrics: dict[str, Any], step: int, part: str = "val") -> str:
-    """Step and losses after a validation or a test (`part="test"`), in one line."""
+    """One line with the step and the losses. `part` is "val" after a validation, else "test"."""
     parts = [f"step {step}"]
     if "loss/train" in metrics:
         parts.append(f"train {metrics['loss/train']:.4f}")

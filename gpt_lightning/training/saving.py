@@ -37,7 +37,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch's writer raises a RuntimeError when it closes a file that it could not write to
-            reason = error.__context__ or error
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
             raise UserError(f"{path} could not be written ({reason})") from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
