@@ -5,6 +5,7 @@ Each section is a process of its own, and every figure goes to FOLDER/results.js
     equal     recorded steps (StepGraph) against eager ones: weights bit by bit
     resume    `fit` whole, killed and resumed, eager and compiled: last.ckpt bit by bit
     step      milliseconds of a step under the Trainer, GPU time, FLOP utilisation, longest kernels
+    generation  characters a second of one and of 256 texts, with and without CUDA graphs
     fit       `fit --trainer.accelerator=gpu` as it is
     recipes   exact losses of training recipes, several at once
 """
@@ -28,7 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import ROOT, read_closing_table
 
-SECTIONS = {"equal": 90, "resume": 150, "step": 150, "fit": 150, "recipes": 300}  # seconds at most
+SECTIONS = {
+    "equal": 90,
+    "resume": 150,
+    "step": 150,
+    "generation": 90,
+    "fit": 150,
+    "recipes": 300,
+}  # seconds at most
 TARGET = 1.4697  # nats per character on tiny Shakespeare: nanoGPT's README, on an A100
 NOMINAL_FLOPS = 989e12  # of an H100 or H200 in dense bf16: datasheet
 SHAPES = {
@@ -170,6 +178,63 @@ def section_step() -> None:
     for shape_name in ("bare", "4x256", "6x384") if args.accelerator == "gpu" else ("bare",):
         for mode in MODES if args.accelerator == "gpu" else ("eager",):
             attempt(f"{shape_name} {mode}", measure, shape_name, mode)
+
+
+def section_generation() -> None:
+    from gpt_lightning.data.tokenizers import ByteTokenizer
+    from gpt_lightning.generation import generator
+    from gpt_lightning.generation.quantize import quantize
+    from gpt_lightning.model import GPTConfig, build_model
+
+    on_gpu = args.accelerator == "gpu"
+    device = "cuda" if on_gpu else "cpu"
+    recorded = generator.StepGraphs
+
+    def eager(model, cache, window):
+        return None
+
+    def measure(shape_name: str, precision: str, texts: int, tokens: int) -> None:
+        shape = {"block_size": 256} | SHAPES[shape_name]
+        shape.pop("batch_size", None)
+        torch.manual_seed(1)
+        model = build_model(GPTConfig(vocab_size=256, **shape))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        model = quantize(model.to(device).eval(), precision)
+        written, figures = [], {}
+        for mode, steps in (("graph", recorded), ("eager", eager), ("graph again", recorded)):
+            generator.StepGraphs = steps
+            times = []
+            text = generator.TextGenerator(model, ByteTokenizer())
+            start = time.perf_counter()
+            out = []
+            for pieces in text.stream(max_new_tokens=tokens, num_samples=texts):
+                out.append(pieces)
+                times.append(time.perf_counter() - start)
+            rate = texts * tokens / times[-1]
+            half = texts * (len(times) - len(times) // 2) / (times[-1] - times[len(times) // 2])
+            figures[mode] = {
+                "tokens_a_second": round(rate),
+                "second_half": round(half),
+                "first_token_s": round(times[0], 3),
+            }
+            written.append(out)
+        record(
+            f"{shape_name}, {precision}, {texts} texts",
+            equal=written[0] == written[1],
+            repeats=written[0] == written[2],
+            **figures,
+        )
+
+    cases = [
+        ("bare", "fp32", 1, 1500),
+        ("6x384", "fp32", 1, 1500),
+        ("6x384", "bf16", 1, 1500),
+        ("bare", "fp32", 256, 600),
+        ("6x384", "bf16", 256, 600),
+    ]
+    for case in cases if on_gpu else [("bare", "fp32", 2, 10)]:
+        attempt("{}, {}, {} texts, {} tokens".format(*case), measure, *case)
 
 
 class Profile(Callback):
@@ -322,7 +387,9 @@ def section_resume() -> None:
             record(f"{kind}: whole = {name}", **difference(states["whole"], states[name]))
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda kind: attempt(kind, compare, kind), kinds if on_gpu else ["graph"]))
+        list(
+            pool.map(lambda kind: attempt(kind, compare, kind), args.kinds if on_gpu else ["graph"])
+        )
 
 
 def tensors(value, name: str = ""):
@@ -379,6 +446,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help="flags of fit, quoted")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
     parser.add_argument("--at_once", type=int, default=1, help="recipes that run at the same time")
+    parser.add_argument("--kinds", nargs="+", default=["graph", "lecture", "eager", "compiled"])
     parser.add_argument("--section", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out, args.work = args.out.resolve(), args.work.resolve()

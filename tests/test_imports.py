@@ -17,6 +17,7 @@ LAYERS = [
     {"data", "model"},
     {"checkpoint"},
     {"generation"},
+    {"commands"},
     {"training"},
     {"settings", "launchers", "fine_tuning"},
     {"run_loggers"},

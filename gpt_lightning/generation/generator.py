@@ -17,6 +17,7 @@ from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.quantize import quantize
 from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.step_graphs import StepGraphs
 from gpt_lightning.model.attention import KVCache
 
 
@@ -54,12 +55,13 @@ def generate(
     block_size = model.config.block_size
     window = ids[:, -block_size:].to(next(model.parameters()).device)  # (B, T)
     cache = KVCache(block_size)
+    graphs = StepGraphs(model, cache, window) if window.device.type == "cuda" else None
     stop = [list(sequence) for sequence in stop]
     generated: list[list[int]] = [[] for _ in range(ids.shape[0])]
     ended = [False] * len(generated)
     try:
         for _ in range(max_new_tokens):
-            logits = model(window, cache)[:, -1]  # (B, V)
+            logits = graphs(window) if graphs else model(window, cache)[:, -1]  # (B, V)
             new = sampling.sample(logits, generator)  # (B,)
             if window.shape[1] == block_size:
                 window = window[:, block_size - block_size * 3 // 4 :]

@@ -75,6 +75,8 @@ class KVCache:
         keys, values = self.layers[layer]
         if length > keys.shape[2]:
             size = min(-(-length // STEP) * STEP, self.block_size)
+            if k.device.type == "cuda":  # a CUDA graph needs keys that stay where they are
+                size = self.block_size
             padding = (0, 0, 0, size - keys.shape[2])
             keys, values = F.pad(keys, padding), F.pad(values, padding)
             self.layers[layer] = (keys, values)

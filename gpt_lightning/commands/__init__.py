@@ -1,0 +1,1 @@
+"""The commands that do not import Lightning, a module each."""
