@@ -69,6 +69,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"ckpt_path={path}: damaged, or not a checkpoint of plain tensors ({reason}); "
             "no code in it was run"
         ) from error
+    if not ours and checkpoint[KEY] is None and "pytorch-lightning_version" in checkpoint:
+        raise UserError(
+            f"ckpt_path={path}: has no tokenizer, because it was not trained with TextDataModule; "
+            "load it with GPTModule.load_from_checkpoint"
+        )
     if not ours:
         raise UserError(f"ckpt_path={path}: not a checkpoint of this version of gpt_lightning")
     return checkpoint

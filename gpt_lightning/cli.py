@@ -124,6 +124,8 @@ def run(argv: list[str]) -> int | None:
         hint = f"; did you mean {guess}?" if guess else did_you_mean(command, COMMANDS)
         raise UserError(f"unknown command {command!r}{hint} (choose from {', '.join(COMMANDS)})")
     if command in OWN_MODULE:
+        if int(os.environ.get("RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+            return 0  # torchrun started several processes; the first one does the work
         return import_module(f"gpt_lightning.commands.{command}").main(flags)
     with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
         code = run_with_lightning(command, flags)

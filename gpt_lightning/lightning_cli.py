@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from contextlib import suppress
@@ -130,6 +131,7 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     start, weights = settings.pop("init_from", None), None
     if start is not None and (command != "fit" or settings.get("ckpt_path") is not None):
         raise UserError("--init_from is for a new run: fit without --ckpt_path")
+    corpus_given = "corpus" in settings["data"]
     if which is not None:
         path, checkpoint = read_newest_intact(which, root)
         settings = restore(parser, argv, settings, checkpoint)
@@ -141,7 +143,13 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         weights = begin_from(beginning, start, settings["data"], settings["model"])
         if rank_zero_only.rank == 0:
             print(f"start  {start}, step {beginning['global_step']:,}")
-    run = build(parser, command, settings, path, checkpoint, folder)
+    try:
+        run = build(parser, command, settings, path, checkpoint, folder)
+    except UserError as error:
+        if path is None or corpus_given or not str(error).startswith("corpus="):
+            raise
+        advice = "run this where it was trained, or give corpus=PATH"
+        raise UserError(f"{error}; ckpt_path={path} was trained on this text: {advice}") from error
     run.slurm_note, run.module.initial_weights = note, weights
     try:
         {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
@@ -256,8 +264,11 @@ def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str
     chosen = {name: trainer[name] for name in names if name in trainer}
     probe = build_trainer(parser, {**chosen, "barebones": True}, [], {})
     environment = getattr(probe.strategy, "cluster_environment", None)
-    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
-    if probe.num_nodes > 1 and alone:
+    if probe.num_nodes > 1 and isinstance(environment, LightningEnvironment):
+        if "MASTER_ADDR" in os.environ:
+            place = f"{os.environ['MASTER_ADDR']}:{environment.main_port}"
+            print(f"waits for all {probe.num_nodes} nodes to connect to {place}", file=sys.stderr)
+            return probe.strategy.root_device.type, probe.world_size
         raise UserError(
             f"--trainer.num_nodes={probe.num_nodes} would wait for the other nodes: start it with "
             "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"

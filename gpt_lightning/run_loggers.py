@@ -46,6 +46,8 @@ def resumed_loggers(settings: Any, checkpoint: dict[str, Any]) -> Any:
     runs = stored.get("logger_runs", [])
     for one, same, run in zip(as_list(resumed), before, runs, strict=False):
         if isinstance(one, dict) and class_path(one) == class_path(same) and is_plain(run):
+            if class_path(one).endswith("TensorBoardLogger"):
+                run = {**run, "purge_step": checkpoint["global_step"] + 1}
             one["init_args"] = {**run, **one.get("init_args", {})}
     return resumed
 

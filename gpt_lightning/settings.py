@@ -96,7 +96,8 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     try:
         namespace = parser.parse_args(expanded, defaults=False)
     except ArgumentError as error:
-        raise UserError(unknown_flag(argv, parser) or str(error)) from error
+        message = unknown_flag(argv, parser) or str(error)
+        raise UserError(wrong_config(argv, parser) + message) from error
     text = parser.dump(namespace, skip_unset=False, skip_validation=True)
     given = yaml.safe_load(text) or {}  # plain types only
     given.pop("config", None)
@@ -137,6 +138,20 @@ def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
     return None
 
 
+def wrong_config(argv: list[str], parser: ArgumentParser) -> str:
+    """The first config that does not parse, for an error message; "" if all do."""
+    for i, arg in enumerate(argv):
+        flag, equals, _ = arg.partition("=")
+        if flag not in ("-c", "--config"):
+            continue
+        given = argv[i : i + (1 if equals else 2)]
+        try:
+            parser.parse_args(expand_configs(given), defaults=False)
+        except ArgumentError:
+            return " ".join(given) + ": "
+    return ""
+
+
 def flag_names(parser: ArgumentParser) -> dict[str, str]:
     """The flag of each setting: `{"n_embd": "--model.n_embd", ...}`; see `with_flags`."""
     paths = sorted(parser.get_defaults().keys(), key=lambda path: not path.startswith("trainer."))
@@ -156,8 +171,10 @@ def restore(
             kept = [item for item in as_list(trainer.get(key)) if class_path(item) not in again]
             trainer[key] = kept
             given -= {key}
-    if given & {"max_steps", "max_epochs"}:
-        given |= {"max_steps", "max_epochs"}  # the run is to be as long as the user says
+    # what the user says replaces what the run chose: how long it is, and how often it validates
+    for names in ({"max_steps", "max_epochs"}, {"val_check_interval", "check_val_every_n_epoch"}):
+        if given & names:
+            given |= names
     if command != "fit":
         given |= {"callbacks", "logger"}  # those of the training
     stored = trusted_settings({**entry["settings"], "trainer": trainer}, given)

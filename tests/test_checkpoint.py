@@ -426,3 +426,10 @@ def test_the_flags_that_a_resume_repeats():
     assert flags_to_repeat({"trainer": trainer})[:2] == flags
     name, _, text = flags_to_repeat({"trainer": trainer})[2].partition("=")
     assert name == "--trainer.callbacks+" and json.loads(text) == mine
+
+
+def test_a_checkpoint_that_was_trained_without_our_data_says_so(tmp_path):
+    path = tmp_path / "own.ckpt"
+    torch.save({"pytorch-lightning_version": "2.6.6", "state_dict": {}, "global_step": 1}, path)
+    with pytest.raises(UserError, match="not trained with TextDataModule"):
+        read_checkpoint(path)

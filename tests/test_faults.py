@@ -12,6 +12,8 @@ import filelock
 import pytest
 import torch
 from conftest import TINY
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.cli import main
@@ -236,3 +238,50 @@ def test_a_requeued_slurm_job_resumes_its_run_and_no_other_run_does(here, ends, 
     assert runs == ["version_2", "version_1", "version_3", "version_4"]
     resumed = [re.findall(r"^steps +4(.*)$", out, re.M) for out in (other, again, done, later)]
     assert resumed == [[""], [" (resumed at 3)"], [""], [""]]
+
+
+def test_resume_in_another_folder_says_which_checkpoint_names_the_text(here, ends, monkeypatch):
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    code, _, err = ends("fit", f"--ckpt_path={Path('..', RUN)}", "--trainer.accelerator=cpu")
+    line = one_line(code, err)
+    assert "--data.corpus=text.txt is not found" in line
+    assert "best.ckpt was trained on this text" in line
+
+
+def test_a_validation_interval_in_epochs_replaces_the_one_that_the_run_chose(here, ends):
+    flags = ("--trainer.max_steps=200", "--trainer.check_val_every_n_epoch=1")
+    code, out, _ = ends(*RESUME, *flags)
+    epoch = re.search(r"characters seen  [\d,]+ \((\d+\.\d) epochs\)", out)
+    assert code == 0 and epoch
+    validated = [int(step) for step in re.findall(r"^step (\d+)  .*val", out, re.MULTILINE)]
+    per_epoch = 200 / float(epoch[1])  # steps
+    assert validated == pytest.approx([*range(int(per_epoch), 200, int(per_epoch)), 200], abs=5)
+
+
+def test_a_wrong_setting_in_a_config_is_blamed_on_the_file(here, ends):
+    Path("mine.yaml").write_text("model: {n_layer: many}")
+    for given in (["--config=mine.yaml"], ["-c", "mine.yaml"]):
+        line = one_line(*ends("fit", *TINY, "--config=debug/few_steps", *given)[::2])
+        assert f"{' '.join(given)}: " in line and "many" in line
+    line = one_line(*ends("fit", "--model.n_layer=many", "--config=debug/few_steps")[::2])
+    assert "few_steps" not in line
+
+
+def test_generate_under_torchrun_is_done_by_one_process(here, ends, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
+    assert len(ends("generate", "--max_new_tokens=5")[1]) > 5
+    monkeypatch.setenv("RANK", "1")
+    assert ends("generate", "--max_new_tokens=5") == (0, "", "")
+
+
+def test_tensorboard_given_by_class_hides_what_a_killed_run_logged_later(here, ends):
+    flags = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=tb")
+    assert ends("fit", *TINY, *flags)[0] == 0
+    logger = TensorBoardLogger("tb", version=0)  # as if the run had reached step 9 and was killed
+    logger.log_metrics({"loss/val": 9.0}, step=9)
+    logger.finalize("killed")
+    assert ends(*RESUME, "--trainer.max_steps=8")[0] == 0
+    found = EventAccumulator("tb/lightning_logs/version_0").Reload().Scalars("loss/val")
+    assert [event.step for event in found] == [1, 2, 3, 4, 5, 6, 7, 8]

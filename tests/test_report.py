@@ -1,6 +1,8 @@
 """What a run says about itself: while it runs, at its end, and in TensorBoard."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -111,3 +113,21 @@ def test_a_run_that_becomes_slow_for_a_minute_says_so_once():
     speeds = [(0, 90), (10, 90), (20, 29), (60, 31), (70, 29), (119, 29), (121, 29), (300, 29)]
     speeds += [(310, 90), (320, 20), (371, 20)]
     assert [now for now, speed in speeds if metrics.is_slow(speed, now)] == [121, 371]
+
+
+def test_a_resumed_run_compares_with_the_losses_from_before(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path=last", "--model.learning_rate=0.05", "--trainer.max_steps=40",
+              "--trainer.val_check_interval=40", "--trainer.accelerator=cpu"])  # fmt: skip
+    assert re.search(r"still falling +\d\.\d+ nats since step 4\n", capsys.readouterr().out)
+
+
+def test_lightnings_own_tips_are_silent_in_a_plain_trainer(tmp_path):
+    script = (
+        "from lightning.pytorch import Trainer; import gpt_lightning.training.module; Trainer()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "GPU available" in run.stderr and "Tip:" not in run.stderr

@@ -56,8 +56,14 @@ class TrainingMetrics(Callback):
         self.losses: list[torch.Tensor] = []  # of the current step, one for each micro-step
         self.tokens = 0  # since the last log line
         self.seconds_before = 0.0  # of training, until the last log line
-        self.val_losses: dict[int, float] = {}  # of this process, by step
+        self.val_losses: dict[int, float] = {}  # by step
         self.best_speed, self.last_fast = 0.0, math.inf  # `last_fast` is a time
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"val_losses": self.val_losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.val_losses = dict(state["val_losses"])
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         hp = all_settings(module)
