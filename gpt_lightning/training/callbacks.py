@@ -47,7 +47,7 @@ class TrainingClock:
 class TrainingMetrics(Callback):
     """Logs every `log_every_n_steps` steps, and prints a line after each validation.
 
-    `loss/train` is in nats per token, the mean over processes and micro-steps;
+    `loss/train` is in nats per character, the mean over processes and micro-steps;
     `speed/chars_per_second` counts the training of all processes. This is a callback and not
     `self.log` in the step, which costs 0.3 ms in every step, logged or not.
     """
@@ -93,6 +93,8 @@ class TrainingMetrics(Callback):
     def log_metrics(self, trainer: Trainer, module: LightningModule) -> None:
         loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
         loss = float(loss)  # a GPU finishes its work here, before the clock is read
+        if module.data is not None:
+            loss *= module.data.tokens_per_character
         module.clock.pause()
         seconds = module.clock.seconds - self.seconds_before
         speed = self.tokens * trainer.world_size / max(seconds, 1e-9)
@@ -209,9 +211,7 @@ class GenerateText(Callback):
 
     def generate(self, trainer: Trainer, module: LightningModule) -> None:
         generator = TextGenerator(module.net, module.data.tokenizer)
-        # the text grows by a token a step: torch.compile would compile for each length
-        with torch.compiler.set_stance("force_eager"):
-            (text,) = generator.generate(self.prompt, **self.settings)
+        (text,) = generator.generate(self.prompt, **self.settings)
         title = f" step {trainer.global_step} ".center(72, "-")
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = text.strip().encode(encoding, "replace").decode(encoding)  # "?" for what it lacks
