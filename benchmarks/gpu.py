@@ -52,6 +52,13 @@ MODES = {
     "compiled": {"cuda_graph": False, "compile": True},
     "compiled graph": {"cuda_graph": True, "compile": True},
 }
+KINDS = {  # of runs that are stopped and resumed
+    "graph": {},
+    "lecture": {"name": "lecture", "optimizer": "adamw", "learning_rate": 1e-3},
+    "eager": MODES["eager"],
+    "compiled": {"compile": True},
+    "compiled, deterministic": {"compile": True, "deterministic": True},
+}
 RECIPES = ["--config=gpu/seconds_10", "--config=gpu/minute_1"]
 
 args: argparse.Namespace
@@ -175,8 +182,8 @@ def section_step() -> None:
             **profiled.figures(),
         )
 
-    for shape_name in ("bare", "4x256", "6x384") if args.accelerator == "gpu" else ("bare",):
-        for mode in MODES if args.accelerator == "gpu" else ("eager",):
+    for shape_name in args.shapes if args.accelerator == "gpu" else ("bare",):
+        for mode in args.modes if args.accelerator == "gpu" else ("eager",):
             attempt(f"{shape_name} {mode}", measure, shape_name, mode)
 
 
@@ -340,8 +347,8 @@ class Command:
 
 
 def flags_of(settings: dict) -> list[str]:
-    data = ("block_size", "batch_size")
-    return [f"--{'data' if k in data else 'model'}.{k}={v}" for k, v in settings.items()]
+    section = {"block_size": "data", "batch_size": "data", "deterministic": "trainer"}
+    return [f"--{section.get(k, 'model')}.{k}={v}" for k, v in settings.items()]
 
 
 def where() -> str:
@@ -359,13 +366,6 @@ def section_resume() -> None:
         f"--trainer.val_check_interval={every}", f"--checkpoint.every_n_train_steps={every // 2}",
         "--sample.every_n_steps=0",
     ]  # fmt: skip
-    lecture = {"name": "lecture", "optimizer": "adamw", "learning_rate": 1e-3}
-    kinds = {
-        "graph": {},
-        "lecture": lecture,
-        "eager": MODES["eager"],
-        "compiled": {"compile": True},
-    }
 
     def run(tag: str, settings: dict, signum: int | None) -> dict:
         def stop(process, line):
@@ -382,7 +382,7 @@ def section_resume() -> None:
 
     def compare(kind: str) -> None:
         signals = {"whole": None, "again": None, "term": signal.SIGTERM, "kill": signal.SIGKILL}
-        states = {name: run(f"{kind} {name}", kinds[kind], s) for name, s in signals.items()}
+        states = {name: run(f"{kind} {name}", KINDS[kind], s) for name, s in signals.items()}
         for name in ("again", "term", "kill"):
             record(f"{kind}: whole = {name}", **difference(states["whole"], states[name]))
 
@@ -446,7 +446,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help="flags of fit, quoted")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
     parser.add_argument("--at_once", type=int, default=1, help="recipes that run at the same time")
-    parser.add_argument("--kinds", nargs="+", default=["graph", "lecture", "eager", "compiled"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="of section step")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), help="of section step")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of section resume")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out, args.work = args.out.resolve(), args.work.resolve()
