@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import big_text, generation, loss, overhead, same_shape, scale
+from benchmarks import big_text, generation, loss, overhead, same_shape, scale, tokenizers
 from benchmarks.common import write_results
 
-BENCHMARKS = (loss, same_shape, generation, overhead, scale, big_text)
+BENCHMARKS = (loss, same_shape, generation, overhead, scale, big_text, tokenizers)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What the benchmarks share: a run of `fit`, tables, and result files."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -23,8 +24,9 @@ def fit(*flags: str) -> dict:
 
     Returns:
         `loss` (exact validation loss of the last step, nats per character), `training` (seconds of
-        the steps alone), `steps`, `chars_per_second` (of the steps alone), `command` (seconds of
-        the whole command), `memory` (peak of its process, MB).
+        the steps alone), `steps`, `chars_per_second` (of the steps alone; nan if tokens are not
+        characters), `vocabulary`, `parameters`, `command` (seconds of the whole command), `memory`
+        (peak of its process, MB).
 
     Raises:
         SystemExit: if the command fails; its own message is on stderr.
@@ -39,7 +41,13 @@ def fit(*flags: str) -> dict:
         printed = output.read()
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return read_closing_table(printed) | {"command": seconds, "memory": usage.ru_maxrss / 1024}
+    sizes = re.search(r"vocabulary (\d+)\n(?s:.*?) ([\d,]+) parameters\n", printed)
+    return read_closing_table(printed) | {
+        "vocabulary": int(sizes[1]),
+        "parameters": int(sizes[2].replace(",", "")),
+        "command": seconds,
+        "memory": usage.ru_maxrss / 1024,
+    }
 
 
 def read_closing_table(output: str) -> dict:
@@ -51,7 +59,7 @@ def read_closing_table(output: str) -> dict:
         "loss": number["final val loss"],
         "training": number["training alone"],
         "steps": int(number["steps"]),
-        "chars_per_second": number["characters seen"] / number["training alone"],
+        "chars_per_second": number.get("characters seen", math.nan) / number["training alone"],
     }
 
 

@@ -191,57 +191,84 @@ def section_generation() -> None:
     from gpt_lightning.data.tokenizers import ByteTokenizer
     from gpt_lightning.generation import generator
     from gpt_lightning.generation.quantize import quantize
+    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.generation.steps import GraphSteps, Steps
     from gpt_lightning.model import GPTConfig, build_model
 
     on_gpu = args.accelerator == "gpu"
     device = "cuda" if on_gpu else "cpu"
-    recorded = generator.StepGraphs
+    kept = {}
 
-    def eager(model, cache, window):
-        return None
+    class KeptSteps(GraphSteps):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kept["graph"] = self.one_token
 
-    def measure(shape_name: str, precision: str, texts: int, tokens: int) -> None:
+    def replay_ms() -> float | None:
+        """Milliseconds of the GPU for one token, without the CPU's work between two."""
+        if not on_gpu or kept["graph"].graph is None:
+            return None
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            kept["graph"].graph.replay()
+        synchronize()
+        return round(10 * (time.perf_counter() - start), 3)
+
+    def measure(shape_name: str, precision: str, texts: int, tokens: int, sampling) -> None:
         shape = {"block_size": 256} | SHAPES[shape_name]
         shape.pop("batch_size", None)
         torch.manual_seed(1)
         model = build_model(GPTConfig(vocab_size=256, **shape))
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        model = quantize(model.to(device).eval(), precision)
         written, figures = [], {}
-        for mode, steps in (("graph", recorded), ("eager", eager), ("graph again", recorded)):
-            generator.StepGraphs = steps
-            times = []
-            text = generator.TextGenerator(model, ByteTokenizer())
+        modes = {"graph": KeptSteps, "eager": Steps, "graph again": KeptSteps, "cpu": Steps}
+        for mode, steps in modes.items():
+            if mode == "cpu":
+                tokens, replay = min(tokens, 40), replay_ms()
+            where = "cpu" if mode == "cpu" else device
+            generator.GraphSteps = generator.Steps = steps
+            text = generator.TextGenerator(quantize(model.to(where).eval(), precision),
+                                           ByteTokenizer())  # fmt: skip
+            times, out = [], []
             start = time.perf_counter()
-            out = []
-            for pieces in text.stream(max_new_tokens=tokens, num_samples=texts):
+            for pieces in text.stream(
+                max_new_tokens=tokens, num_samples=texts, sampling=Sampling(**sampling)
+            ):
                 out.append(pieces)
                 times.append(time.perf_counter() - start)
-            rate = texts * tokens / times[-1]
             half = texts * (len(times) - len(times) // 2) / (times[-1] - times[len(times) // 2])
             figures[mode] = {
-                "tokens_a_second": round(rate),
+                "tokens_a_second": round(texts * tokens / times[-1]),
                 "second_half": round(half),
                 "first_token_s": round(times[0], 3),
+                "first_100_tokens_s": round(times[min(99, tokens - 1)], 3),
             }
             written.append(out)
+        begins = range(min(tokens, 40))
         record(
-            f"{shape_name}, {precision}, {texts} texts",
+            f"{shape_name}, {precision}, {texts} texts {sampling or ''}",
             equal=written[0] == written[1],
             repeats=written[0] == written[2],
+            equal_to_cpu=[written[0][i] == written[3][i] for i in begins].count(True),
+            replay_ms=replay,
             **figures,
         )
 
+    filters = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
     cases = [
-        ("bare", "fp32", 1, 1500),
-        ("6x384", "fp32", 1, 1500),
-        ("6x384", "bf16", 1, 1500),
-        ("bare", "fp32", 256, 600),
-        ("6x384", "bf16", 256, 600),
+        ("bare", "fp32", 1, 1500, {}),
+        ("6x384", "fp32", 1, 1500, {}),
+        ("6x384", "bf16", 1, 1500, {}),
+        ("bare", "fp32", 256, 600, {}),
+        ("6x384", "bf16", 256, 600, {}),
+        ("bare", "fp32", 256, 600, filters | {"repetition_penalty": 1.1}),
+        ("bare", "fp32", 1, 500, {"temperature": 0.0}),
     ]
-    for case in cases if on_gpu else [("bare", "fp32", 2, 10)]:
-        attempt("{}, {}, {} texts, {} tokens".format(*case), measure, *case)
+    small = [("bare", "fp32", 2, 10, {}), ("bare", "fp32", 2, 10, filters)]
+    for case in cases if on_gpu else small:
+        attempt("{}, {}, {} texts, {} tokens {}".format(*case), measure, *case)
 
 
 class Profile(Callback):

@@ -175,8 +175,8 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
     """The file that `ckpt_path` means.
 
     Args:
-        which: `last` or `best` of the run below `root` that was written last, a run's folder, or a
-            file. `best` and a folder fall back to the last checkpoint if there is no best yet.
+        which: `last` or `best` of the run below `root` that was written last, a run's folder (its
+            best), or a file. If a run has only one of the two, it is that one.
         root: the folder that holds `lightning_logs`.
 
     Raises:
@@ -193,7 +193,8 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
         path = Path(which).expanduser()
         if path.is_file():
             return path
-    for name in ("last.ckpt",) if which == "last" else ("best.ckpt", "last.ckpt"):
+    names = ("last.ckpt", "best.ckpt") if which == "last" else ("best.ckpt", "last.ckpt")
+    for name in names:
         for file in (path / "checkpoints" / name, path / name):
             if file.is_file():
                 return file
@@ -279,6 +280,11 @@ def check_compatible(
             f"corpus={mine['name']} is not the text that ckpt_path={path} was trained on "
             f"({theirs['name']}), or that text has changed; start a new run from these weights "
             f"with init_from={path} in place of ckpt_path"
+        )
+    if same_corpus and theirs.get("val_sha256") != mine.get("val_sha256"):
+        raise UserError(
+            f"val_corpus={mine['val_name']} is not the validation text of ckpt_path={path} "
+            f"({theirs.get('val_name')}), or that text has changed; {advice}"
         )
     for name in ("split", "val_fraction"):
         if same_corpus and theirs[name] != mine[name]:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, TextIO
 
 from gpt_lightning import __version__
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.errors import UserError, did_you_mean, in_users_code
 
 COMMANDS = {
     "fit": "train a model, or resume a run (--ckpt_path=last)",
@@ -20,16 +20,21 @@ COMMANDS = {
     "test": "the same under the name loss/test",
     "predict": "cost in nats of each held-out character, to a file",
     "generate": "generate text from a checkpoint",
+    "evaluate": "what a text costs a model: nats and bits per character, of each character too",
+    "inspect": "what a text is made of: characters, repeated passages, n-gram entropies",
     "climb": "train every rung of the lecture's ladder, several seeds each: a table and a picture",
 }
 
-OWN_MODULE = {"generate"}  # commands/NAME.py has each of these
+OWN_MODULE = {"evaluate", "generate", "inspect"}  # commands/NAME.py has each of these
 
 GUESSES = {  # commands of other programs
     **dict.fromkeys(("train", "training", "finetune", "resume"), "fit"),
-    **dict.fromkeys(("eval", "evaluate", "val", "score"), "validate"),
-    **dict.fromkeys(("sample", "infer", "inference", "write", "chat", "complete"), "generate"),
+    **dict.fromkeys(("eval", "score", "perplexity"), "evaluate"),
+    "val": "validate",
+    **dict.fromkeys(("sample", "infer", "inference", "write", "complete"), "generate"),
+    "chat": "generate --interactive",
     **dict.fromkeys(("ladder", "sweep", "seeds"), "climb"),
+    **dict.fromkeys(("stats", "statistics", "analyze"), "inspect"),
 }
 
 HELP = f"""\
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno != errno.ENOSPC or in_users_code(error):
             raise
         discard(sys.stdout)
         print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)
@@ -88,10 +93,14 @@ def discard(stream: TextIO) -> None:
 
 
 class Unbroken:
-    """A stream that may lose its reader (`fit | head`): the run goes on without it."""
+    """A stream that may lose its reader (`fit | head`): the run goes on without it.
+
+    Attributes:
+        error: the first error, for the end of the run.
+    """
 
     def __init__(self, stream: TextIO):
-        self.stream = stream
+        self.stream, self.error = stream, None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -99,14 +108,16 @@ class Unbroken:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError:
+        except OSError as error:
+            self.error = self.error or error
             discard(self.stream)
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except OSError:
+        except OSError as error:
+            self.error = self.error or error
             discard(self.stream)
 
 
@@ -127,9 +138,15 @@ def run(argv: list[str]) -> int | None:
         if int(os.environ.get("RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
             return 0  # torchrun started several processes; the first one does the work
         return import_module(f"gpt_lightning.commands.{command}").main(flags)
-    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
-        code = run_with_lightning(command, flags)
+    stdout, stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            code = run_with_lightning(command, flags)
+        except SystemExit as end:  # after --help
+            code = end.code
         sys.stdout.flush()
+    if isinstance(stdout.error, OSError) and not isinstance(stdout.error, BrokenPipeError):
+        raise stdout.error
     return code
 
 

@@ -1,7 +1,10 @@
 """The one exception that the command line turns into a message: a user's mistake."""
 
 import difflib
+import os
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable
 
 
@@ -23,6 +26,13 @@ def with_flags(message: str, flags: dict[str, str]) -> str:
     names = "|".join(map(re.escape, flags))
     pattern = rf"(?<![\w./'\"-])(?:{names})(?==)|^(?:{names})(?=: )"
     return re.sub(pattern, lambda found: flags[found[0]], message)
+
+
+def in_users_code(error: BaseException) -> bool:
+    """Whether an exception went through a function that is no part of an installed package."""
+    installed = (os.path.dirname(__file__), *sysconfig.get_paths().values(), "<frozen ")
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(not frame.f_code.co_filename.startswith(installed) for frame, _ in frames)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from gpt_lightning.checkpoint import KEY, MAY_DIFFER
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.tokenizers import tokenizer_from_state
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import config_from_dict, config_to_dict, grown_weights
 
@@ -31,20 +32,22 @@ def begin_from(
     entry = checkpoint[KEY]
     config, tokenizer = config_from_dict(entry["model"]), entry["tokenizer"]
     vocab_size = config.vocab_size
-    if "vocabulary" in data:
-        raise UserError("vocabulary cannot be given together with init_from, which sets it")
+    for name in ("vocabulary", "vocabulary_corpus", "max_vocab_size"):
+        if name in data:
+            raise UserError(f"{name} cannot be given together with init_from, which sets it")
     _complete(data, "tokenizer", tokenizer["kind"], path)
     if config.name == "lecture":  # it has a weight for each position
         _complete(data, "block_size", config.block_size, path)
     data.setdefault("block_size", config.block_size)
-    if data["tokenizer"] == "char":
+    if "vocabulary" in tokenizer:
         data["vocabulary"] = tokenizer["vocabulary"]
-        if data.get("unknown", "error") == "error":
-            of_text = TextDataModule(**{**data, "vocabulary": None})
-            of_text.prepare_data()
-            new = set(of_text.token_file.tokenizer.vocabulary) - set(data["vocabulary"])
-            data["vocabulary"] += "".join(sorted(new))
-        vocab_size = len(data["vocabulary"])
+    if data["tokenizer"] in ("char", "word") and data.get("unknown") in (None, "error"):
+        other = {"tokenizer": "char", "vocabulary": None, "val_corpus": None, "test_corpus": None}
+        of_text = TextDataModule(**{**data, **other})
+        of_text.prepare_data()
+        grown = tokenizer_from_state(tokenizer)
+        grown = grown.with_characters(of_text.token_file.tokenizer.vocabulary)
+        data["vocabulary"], vocab_size = grown.vocabulary, grown.vocab_size
     weights = {
         name.removeprefix("net."): weight for name, weight in checkpoint["state_dict"].items()
     }

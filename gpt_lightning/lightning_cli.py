@@ -40,7 +40,7 @@ from gpt_lightning.checkpoint import (
     shell_command,
 )
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.errors import UserError, with_flags
+from gpt_lightning.errors import UserError, in_users_code, with_flags
 from gpt_lightning.files import unused
 from gpt_lightning.fine_tuning import begin_from
 from gpt_lightning.launchers import (
@@ -60,6 +60,7 @@ from gpt_lightning.settings import (
     check_trainer_settings,
     choose_length,
     flag_names,
+    last_step,
     parse,
     restore,
 )
@@ -158,12 +159,14 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or in_users_code(error):
             raise
         raise UserError(f"the disk is full: {error.filename or run.folder}") from error
     except RuntimeError as error:
         # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
-        if not re.search("out of memory|alloc_failed|can't allocate memory", str(error), re.I):
+        memory = re.search("out of memory|alloc_failed|can't allocate memory", str(error), re.I)
+        certain = isinstance(error, torch.OutOfMemoryError)
+        if not (certain or (memory and not in_users_code(error))):
             raise
         sizes = run.data.hparams
         raise UserError(
@@ -205,11 +208,11 @@ def build(
     seed = settings.setdefault("seed_everything", 1337)
     data = TextDataModule(**settings["data"], seed=seed)
     data.prepare_data()
-    data.setup("fit" if command == "fit" else "validate")
+    data.setup(command if command in ("fit", "test") else "validate")
     module = build_module(settings["model"], data, seed)
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
     settings["model"] = module.settings()["model"]
-    barebones = settings["trainer"].get("barebones", False)
+    given, barebones = set(settings["trainer"]), settings["trainer"].get("barebones", False)
     defaults = TRAINER_DEFAULTS | ({"log_every_n_steps": None} if barebones else {})
     settings["trainer"] = options = {**defaults, **settings["trainer"]}
     first_step = checkpoint["global_step"] if checkpoint else 0
@@ -217,11 +220,18 @@ def build(
         ours = module.describe(data)
         check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
     reason, changes, loggers = "", {}, {}
+    adopt_torchrun(options)
     if command == "fit":
-        check_trainer_settings(options, first_step)
-        adopt_torchrun(options)
+        check_trainer_settings(options)
         device, world_size = probe_hardware(parser, options)
         choose_length(options, data, world_size)
+        # In steps, not in epochs: Lightning takes an epoch that was cut short for a whole one.
+        changes |= {"max_steps": last_step(options, data, world_size), "max_epochs": -1}
+        if 0 < changes["max_steps"] <= first_step:
+            raise UserError(
+                f"this run has done its {first_step:,} steps; train further with "
+                f"--trainer.max_steps={2 * first_step}"
+            )
         if options.get("precision") is None:
             width = getattr(module.config, "n_embd", 0)
             options["precision"], reason = choose_precision(device, width)
@@ -241,7 +251,7 @@ def build(
         # in a SLURM job, Lightning resumes from any hpc_ckpt_*.ckpt in the default_root_dir
         changes["default_root_dir"] = str(folder or Path(LOGS))
     callbacks = own_callbacks(command, settings, reason, folder)
-    trainer = build_trainer(parser, {**options, **changes}, callbacks, loggers)
+    trainer = build_trainer(parser, {**options, **changes}, callbacks, loggers, given)
     module.run_settings = deepcopy({k: v for k, v in settings.items() if k != "ckpt_path"})
     return Run(command, settings, data, module, trainer, path, first_step, folder)
 
@@ -262,7 +272,7 @@ def probe_hardware(parser: ArgumentParser, trainer: dict[str, Any]) -> tuple[str
     """Device type and number of processes of a Trainer with these settings."""
     names = ("accelerator", "devices", "num_nodes", "strategy")
     chosen = {name: trainer[name] for name in names if name in trainer}
-    probe = build_trainer(parser, {**chosen, "barebones": True}, [], {})
+    probe = build_trainer(parser, {**chosen, "barebones": True}, [], {}, set(chosen))
     environment = getattr(probe.strategy, "cluster_environment", None)
     if probe.num_nodes > 1 and isinstance(environment, LightningEnvironment):
         if "MASTER_ADDR" in os.environ:
@@ -281,10 +291,13 @@ def build_trainer(
     settings: dict[str, Any],
     callbacks: list[Callback],
     loggers: dict[str, Logger],
+    given: set[str],
 ) -> Trainer:
     """The Trainer, with the user's own objects built from their settings.
 
-    `loggers` has those that a setting may give by their short names.
+    Args:
+        loggers: those that a setting may give by their short names.
+        given: the settings that the user gave, for error messages.
     """
     namespace = parser.parse_object({"trainer": deepcopy(settings)}, defaults=False)
     # errors of a user's own class keep their traceback, so its objects are built out here
@@ -297,10 +310,10 @@ def build_trainer(
         if isinstance(cause, ModuleNotFoundError) and cause.name is None:  # Lightning's own words
             raise UserError(str(cause)) from error
         raise
-    given = as_list(values.get("callbacks"))
-    if any(isinstance(callback, ProgressBar) for callback in given):
+    theirs = as_list(values.get("callbacks"))
+    if any(isinstance(callback, ProgressBar) for callback in theirs):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    values["callbacks"] = [*callbacks, *given]
+    values["callbacks"] = [*callbacks, *theirs]
     values["plugins"] = [*as_list(values.get("plugins")), AtomicCheckpointIO()]
     if (logger := values.get("logger")) in (None, True):
         logger = "tensorboard"
@@ -309,9 +322,7 @@ def build_trainer(
     try:
         return Trainer(**values)
     except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
-        ours = {*TRAINER_DEFAULTS, "barebones"}
-        given = {name: value for name, value in settings.items() if name not in ours}
-        flags = " ".join(f"--trainer.{name}={value}" for name, value in given.items())
+        flags = " ".join(f"--trainer.{name}={settings[name]}" for name in settings if name in given)
         raise UserError(f"{error} ({flags})") from error
 
 
@@ -372,8 +383,6 @@ def fit(run: Run) -> None:
     began = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=run.path)
-    except SystemExit:  # how Lightning ends at a second Ctrl-C
-        raise KeyboardInterrupt from None
     except BaseException as error:
         if keeper is not None and keeper.newest is not None and rank_zero_only.rank == 0:
             path, step = keeper.newest
@@ -381,11 +390,11 @@ def fit(run: Run) -> None:
             print(f"Step {step:,} is saved.\nResume with: {resume}", flush=True)
             if isinstance(error, Interrupted) and error.signum == REQUEUE_SIGNAL:
                 requeue()
+        if isinstance(error, SystemExit):  # how Lightning ends at a second Ctrl-C
+            raise KeyboardInterrupt from None
         raise
     if trainer.global_step == run.first_step:
-        raise UserError(
-            "no step was taken: --trainer.max_epochs or --trainer.max_time has been reached"
-        )
+        raise UserError("no step was taken: --trainer.max_time has been reached")
     if trainer.is_global_zero:
         if note is not None:
             note.unlink(missing_ok=True)
@@ -405,10 +414,11 @@ def validate(run: Run) -> None:
     """`validate` and `test`: the exact loss, in the Trainer's table and in a line as `fit` does."""
     data, trainer = run.data, run.trainer
     if trainer.is_global_zero:
-        share = f"{data.val_tokens:,} of {len(data.tokens):,} tokens, held out"
-        fraction = f"--data.val_fraction={data.hparams.val_fraction}"
+        share = f"{data.val_tokens:,} of {len(data.val_ids):,} tokens"
+        if data.val_text is data.corpus:
+            share += f", held out (--data.val_fraction={data.hparams.val_fraction})"
         print(f"model  {run.path}")
-        print(f"text   {data.corpus.name}: {share} ({fraction})", flush=True)
+        print(f"text   {data.val_text.name}: {share}", flush=True)
     evaluate, part = (trainer.test, "test") if run.command == "test" else (trainer.validate, "val")
     evaluate(run.module, data, ckpt_path=run.path)
     if trainer.is_global_zero and f"loss/{part}" in trainer.callback_metrics:
@@ -425,6 +435,8 @@ def predict(run: Run) -> None:
     try:
         run.trainer.predict(run.module, run.data, ckpt_path=run.path, return_predictions=False)
     except OSError as error:
+        if in_users_code(error):
+            raise
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
     if not writer.count:
         raise UserError("--trainer.limit_predict_batches=0 leaves nothing to predict")

@@ -29,9 +29,17 @@ STEPS = 1000  # of a run whose length is not given: a minute or two on two cores
 EPOCHS = 3  # of a short text: longer runs overfit (docs/experiments.md)
 FEWEST_STEPS = 40
 VALIDATION_STEPS = 250
+CORPORA = ("corpus", "val_corpus", "test_corpus", "vocabulary_corpus")  # may be file names
+LIMITED = ("train", "val", "test", "predict")  # --trainer.limit_train_batches, ...
 GUESSES = {  # for flags of other programs
     "--seed": "; did you mean --seed_everything?",
     "--seeds": "; `climb` trains with several seeds",
+    "--resume": "; did you mean --ckpt_path=last?",
+    **dict.fromkeys(("--lr", "--learning-rate"), "; did you mean --model.learning_rate?"),
+    **dict.fromkeys(("--gpus", "--devices"), "; did you mean --trainer.devices?"),
+    **dict.fromkeys(("--epochs", "--max_epochs"), "; did you mean --trainer.max_epochs?"),
+    **dict.fromkeys(("--steps", "--max_iters"), "; did you mean --trainer.max_steps?"),
+    **dict.fromkeys(("--data", "--text", "--file"), "; did you mean --data.corpus?"),
 }
 LOGGERS = {  # the name of a package, which is also the short name of its logger, and the class
     "csv": "CSVLogger",
@@ -65,8 +73,12 @@ def build_parser(command: str, description: str = "") -> ArgumentParser:
     add_class(GPTModule, "model", skip={"model", "optimizer", "seed"}, instantiate=False)
     add_class(GenerateText, "sample", instantiate=False)
     add_class(BestAndLast, "checkpoint", skip={"folder"}, instantiate=False)
-    options = {"sub_configs": True, "fail_untyped": False, "skip": {"logger"}}
+    skip = {"logger", *(f"limit_{part}_batches" for part in LIMITED)}
+    options = {"sub_configs": True, "fail_untyped": False, "skip": skip}
     add_class(Trainer, "trainer", instantiate=False, **options)
+    for part in LIMITED:  # Lightning's type makes a fraction of 1: all batches
+        limit_help = "a number of batches, or a fraction of them such as 0.5"
+        add(f"--trainer.limit_{part}_batches", type=int | float | None, help=limit_help)
     one = Literal[tuple(LOGGERS)] | Logger
     logger_help = "csv or tensorboard, in the run's folder; wandb, mlflow, a class; false: none"
     add("--trainer.logger", type=one | list[one] | bool | None, help=logger_help)
@@ -176,14 +188,17 @@ def restore(
         if given & names:
             given |= names
     if command != "fit":
-        given |= {"callbacks", "logger"}  # those of the training
+        # those of the training
+        given |= {"callbacks", "logger", *(f"limit_{part}_batches" for part in LIMITED)}
     stored = trusted_settings({**entry["settings"], "trainer": trainer}, given)
     if command != "fit":  # any text may be given, in the checkpoint's vocabulary
         stored["data"]["vocabulary"] = entry["tokenizer"].get("vocabulary")
     # YAML takes no file names that are not UTF-8
-    corpus = str(stored["data"].pop("corpus", "playwright"))
+    corpora = {name: stored["data"].pop(name, None) for name in CORPORA}
     restored = parse(parser, argv[1:], base=stored)
-    restored["data"].setdefault("corpus", corpus)
+    for name, corpus in corpora.items():
+        if corpus is not None:
+            restored["data"].setdefault(name, str(corpus))
     before, now = (part["model"].get("optimizer", "muon") for part in (stored, restored))
     if command == "fit" and before != now:
         raise UserError(
@@ -203,10 +218,11 @@ def class_path(item: Any) -> Any:
     return item.get("class_path") if isinstance(item, dict) else item
 
 
-def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
+def check_trainer_settings(trainer: dict[str, Any]) -> None:
     """Raise a UserError for settings that Lightning accepts but that train nothing."""
     for name in (
         "max_steps",
+        "max_epochs",
         "val_check_interval",
         "check_val_every_n_epoch",
         "log_every_n_steps",
@@ -218,11 +234,6 @@ def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
     if (trainer.get("gradient_clip_val") or 0) < 0:
         clip = trainer["gradient_clip_val"]
         raise UserError(f"--trainer.gradient_clip_val={clip} must be 0 or more")
-    if 0 < (trainer.get("max_steps") or 0) <= first_step:
-        raise UserError(
-            f"this run has done its {first_step:,} steps; train further with "
-            f"--trainer.max_steps={2 * first_step}"
-        )
     if number := trainer.get("overfit_batches"):
         raise UserError(
             f"--trainer.overfit_batches={number} would replace the order of the windows; use "
@@ -246,6 +257,19 @@ def check_trainer_settings(trainer: dict[str, Any], first_step: int) -> None:
             f"--trainer.strategy={strategy} is for notebooks: the results of its "
             "processes do not return to this command; use --trainer.strategy=ddp"
         )
+
+
+def last_step(trainer: dict[str, Any], data: TextDataModule, world_size: int) -> int:
+    """The number of steps that max_steps and max_epochs allow; -1 if there is no limit."""
+    steps, epochs = trainer.get("max_steps") or -1, trainer.get("max_epochs") or -1
+    if epochs < 0:
+        return steps
+    accumulate = trainer.get("accumulate_grad_batches") or 1
+    batches = data.batches_per_epoch(world_size, accumulate)
+    if (limit := trainer.get("limit_train_batches")) is not None:
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    in_epochs = epochs * -(-batches // accumulate)
+    return in_epochs if steps < 0 else min(steps, in_epochs)
 
 
 def choose_length(trainer: dict[str, Any], data: TextDataModule, world_size: int) -> None:

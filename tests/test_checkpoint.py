@@ -297,6 +297,9 @@ def test_last_and_best_are_those_of_the_run_written_last(runs, tmp_path):
     assert find_checkpoint("best") == newest / "last.ckpt"
     os.utime(runs / "version_0/checkpoints/best.ckpt", (400, 400))
     assert find_checkpoint("last") == runs / "version_0/checkpoints/last.ckpt"
+    only_best = runs / "version_2/checkpoints/best.ckpt"
+    os.utime(only_best, (500, 500))
+    assert find_checkpoint("last") == only_best
 
 
 def test_files_and_runs_folders_are_found(runs, tmp_path, monkeypatch):
@@ -311,9 +314,8 @@ def test_files_and_runs_folders_are_found(runs, tmp_path, monkeypatch):
     assert find_checkpoint(folder) == last
 
 
-@pytest.mark.parametrize("which", ["last", "nothing.ckpt", "lightning_logs/version_3", ""])
+@pytest.mark.parametrize("which", ["nothing.ckpt", "lightning_logs/version_3", ""])
 def test_a_checkpoint_that_is_not_there_is_refused(runs, which):
-    os.utime("lightning_logs/version_2/checkpoints/best.ckpt", (400, 400))
     with pytest.raises(UserError, match=f"^ckpt_path={which}: no checkpoint in "):
         find_checkpoint(which)
 
@@ -362,6 +364,7 @@ def test_what_does_not_change_the_weights_may_differ():
         ({"n_embd": 8}, {}, "n_embd=8 does not fit ckpt_path=a.ckpt, whose model has n_embd=4"),
         ({"name": "lecture", "n_embd": 8}, {}, "name=lecture does not fit"),
         ({}, {"sha256": "1" * 64}, "corpus=a text is not the text that"),
+        ({}, {"val_name": "v", "val_sha256": "1" * 64}, "val_corpus=v is not the validation text"),
         ({}, {"split": "blocks"}, "split=blocks .* held out with split=tail"),
         ({}, {"val_fraction": 0.2}, "val_fraction=0.2 .* held out with val_fraction=0.1"),
         ({"vocabulary": "\nac"}, {}, "ckpt_path=a.ckpt has another vocabulary"),

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
+from gpt_lightning import TextGenerator
 from gpt_lightning.cli import main
 
 QUICK = [
@@ -82,6 +84,80 @@ def test_generate_reads_its_prompt_from_a_file_or_stdin(trained, cli, tmp_path):
         text=True,
     )
     assert piped.stdout.startswith("whether") and len(piped.stdout) == len("whether") + 6
+
+
+def test_generate_continues_each_prompt_of_a_file(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    Path("prompts.txt").write_text("To be\n\nmind")
+    flags = ["generate", "--max_new_tokens=30", "--prompts_file=prompts.txt"]
+    texts = []
+    for prompt in ("To be", "mind"):
+        assert run(*flags[:2], f"--prompt={prompt}") == 0
+        texts.append(capsys.readouterr().out)
+    for stream in ("--stream", "--no-stream"):
+        assert run(*flags, stream) == 0
+        out = capsys.readouterr().out
+        assert out == f"--- 1 of 2 ---\n{texts[0]}--- 2 of 2 ---\n{texts[1]}"
+    assert run(*flags, "--num_samples=2") == 0
+    assert re.findall(r"^--- .* ---\n.", capsys.readouterr().out, re.M) == [
+        "--- 1 of 4 ---\nT", "--- 2 of 4 ---\nT", "--- 3 of 4 ---\nm", "--- 4 of 4 ---\nm"
+    ]  # fmt: skip
+
+
+def test_generate_bans_strings_and_penalizes_repetition(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    whole = ["generate", "--max_new_tokens=100", "--prompt=To be", "--temperature=1"]
+    assert run(*whole, "--ban=e", "--ban=t") == 0
+    assert not set(capsys.readouterr().out[len("To be") :]) & set("et")
+    assert run(*whole, "--repetition_penalty=100", "--temperature=0", "--max_new_tokens=3") == 0
+    text = capsys.readouterr().out[:-1]
+    assert len(set(text)) == len(text)
+
+
+def session(monkeypatch, capsys, typed, *flags):
+    """What `generate --interactive` prints when these lines are typed."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert run("generate", "--interactive", "--max_new_tokens=20", *flags) == 0
+    return capsys.readouterr()
+
+
+def test_interactive_texts_have_the_earlier_ones_as_context(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+
+    def alone(prompt, seed):
+        assert run("generate", "--max_new_tokens=20", f"--prompt={prompt}", f"--seed={seed}") == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    first = alone("To be", 7)
+    second = alone(first + "\nthat", 8).removeprefix(first + "\n")
+    third = alone(f"{first}\n{second}", 9).removeprefix(f"{first}\n{second}")
+    fourth = alone("that", 10)
+    found = session(monkeypatch, capsys, "To be\nthat\n\n/new\nthat\n", "--seed=7")
+    assert found.out == "".join(f"{text}\n" for text in (first, second, third, fourth))
+
+
+def test_interactive_goes_on_after_an_unknown_character(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    expected = session(monkeypatch, capsys, "To be")
+    found = session(monkeypatch, capsys, "é\nTo be\n")
+    assert found.out == expected.out
+    assert "'é' (U+00E9)" in found.err and "--unknown=drop" in found.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("To be"))
+    assert run("generate", "--interactive", "--stop=é") == 2
+
+
+def test_ctrl_c_ends_an_interactive_text_not_the_program(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    calls = []
+
+    def stream(self, prompt, **settings):
+        calls.append(prompt)
+        yield from (["e"], ["t"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "stream", stream)
+    assert session(monkeypatch, capsys, "To\nbe\n").out == "Toet\nbeet\n"
+    assert calls == ["To", "Toet\nbe"]
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
@@ -170,12 +246,45 @@ def test_rare_characters_can_be_left_out(tmp_path, monkeypatch, capsys):
     Path("text.txt").write_text("to be or not to be\n" * 40 + "xyyzzz")
     Path("other.txt").write_text("to be\n" * 40)
     fit = ("fit", "--data.corpus=text.txt", "--data.min_count=3", *QUICK)
-    assert run(*fit) == 2
+    assert run(*fit, "--data.unknown=error") == 2
     assert "'x' (U+0078)" in capsys.readouterr().err
     assert run(*fit, "--data.unknown=drop") == 0
     assert "vocabulary 9\n" in capsys.readouterr().out  # "\n bentorz", each three times at least
+    assert run(*fit) == 0
+    out = capsys.readouterr().out
+    assert "vocabulary 10\n" in out
+    assert "2 characters that occur less than 3 times are replaced by U+FFFD: 3 occur" in out
     assert run("fit", "--ckpt_path=last", "--trainer.max_steps=4") == 0
     assert run("validate", "--data.corpus=other.txt") == 0
+
+
+def test_many_characters_that_occur_once_are_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be\n" * 99 + "".join(map(chr, range(0x4E00, 0x4E00 + 100))))
+    assert run("fit", "--data.corpus=text.txt", *QUICK) == 0
+    assert "100 characters occur only once: --data.min_count=2, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_all_commands_work_with_words_and_subwords(trained, kind, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    (trained / "other.txt").write_text("that is the mind: to be the question\n" * 20)
+    (trained / "new.txt").write_text("that is the mind: Ä\n" * 40, encoding="utf-8")
+    assert run("fit", *TINY, f"--data.tokenizer={kind}", "--sample.every_n_steps=2") == 0
+    assert "tokens seen" in capsys.readouterr().out
+    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=6") == 0
+    assert run("validate", "--ckpt_path=last") == 0
+    assert run("predict", "--ckpt_path=last") == 0
+    loss = re.search(r"^step 6  val (\S+)", capsys.readouterr().out, re.MULTILINE)[1]
+    costs = np.load("predictions.npy")
+    tokenizer = TextGenerator.load("lightning_logs/version_1/checkpoints/last.ckpt").tokenizer
+    characters = len(tokenizer.decode(costs["id"]))
+    assert costs["nats"].sum() / characters == pytest.approx(float(loss), abs=1e-4)
+    assert run("validate", "--ckpt_path=last", "--data.corpus=other.txt") == 0
+    assert run("fit", *TINY, "--init_from=last", "--data.corpus=new.txt") == 0
+    capsys.readouterr()
+    assert run("generate", "--prompt=that is Ä", "--max_new_tokens=5") == 0
+    assert capsys.readouterr().out.startswith("that is Ä")
 
 
 def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch, capsys):

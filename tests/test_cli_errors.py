@@ -124,8 +124,9 @@ def test_a_gpu_that_does_not_exist(refused):
 
 def test_the_nearest_command_is_suggested(refused):
     refused(["fitt"], "unknown command 'fitt'; did you mean fit?", "validate, test, predict")
+    refused(["chat"], "did you mean generate --interactive?")
     refused(["xyz"], "unknown command 'xyz' (choose from fit, validate,")
-    for guess, command in {"train": "fit", "sample": "generate", "eval": "validate"}.items():
+    for guess, command in {"train": "fit", "sample": "generate", "eval": "evaluate"}.items():
         refused([guess], f"did you mean {command}?")
 
 
@@ -198,6 +199,10 @@ def test_a_run_without_a_step(here, capsys):
         ("--unknown=foo", ["'error', 'drop', 'replace'"]),
         ("--device=foo", ["--device=cpu"]),
         ("--precision=fp8", ["auto, fp32, bf16, int8"]),
+        ("--repetition_penalty=0", ["between 0.01 and 100"]),
+        ("--ban=", ["--ban='' must have at least one character"]),
+        ("--prompts_file=lines.txt", ["--prompts_file=lines.txt, line 3: the character 'é'"]),
+        ("--prompts_file=empty.txt", ["is empty; write one prompt a line"]),
         ("--prompt_file=nope.txt", ["nope.txt cannot be read", "No such file"]),
         ("--prompt_file=bad.txt", ["bad.txt is not UTF-8", "convert it"]),
         ("--prompt_file=odd.txt", ["--prompt_file=odd.txt: the character 'z'"]),
@@ -209,11 +214,14 @@ def test_a_run_without_a_step(here, capsys):
 def test_generate_refuses(refused, flag, parts, stream):
     Path("bad.txt").write_bytes(b"To be\xff")
     Path("odd.txt").write_text("zé")
+    Path("lines.txt").write_text("To\n\né\n", encoding="utf-8")
+    Path("empty.txt").write_text("\n")
     refused(["generate", flag, stream], flag.partition("=")[0], *parts)
 
 
 def test_two_prompts(refused):
     refused(["generate", "--prompt=To", "--prompt_file=text.txt"], "--prompt_file: not allowed")
+    refused(["generate", "--interactive", "--num_samples=2"], "--num_samples=2 must be 1")
 
 
 # --- what is not the user's mistake ---------------------------------------------------------------

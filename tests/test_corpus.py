@@ -1,6 +1,7 @@
 """Corpora: names, files, folders, the embedded corpus, downloads from a local server."""
 
 import errno
+import gzip
 import hashlib
 import http.server
 import os
@@ -10,13 +11,15 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt_lightning.data import corpus as corpus_module
 from gpt_lightning.data import playwright
-from gpt_lightning.data.corpus import Corpus, find_corpus, listed
+from gpt_lightning.data.corpus import Corpus, find_corpus
+from gpt_lightning.data.documents import TextFile, listed
 from gpt_lightning.errors import UserError
 
 SHAKESPEARE = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
@@ -61,7 +64,7 @@ def write(path: Path, data: bytes | str) -> Path:
 )
 def test_line_ends_and_bom_are_normalized_whatever_the_piece_size(tmp_path, pieces, size):
     raw = "".join(pieces).encode()
-    corpus = Corpus("text", (write(tmp_path / "text", raw),))
+    corpus = Corpus("text", (TextFile(write(tmp_path / "text", raw)),))
     expected = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     if expected:
         chunks = list(corpus.chunks(size))
@@ -86,10 +89,9 @@ def test_a_file_is_named_by_its_absolute_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "part"),
     [
-        (b"", "it is empty"),
+        (b"", "file (empty)"),
         (b"\xef\xbb\xbf", "is empty"),
-        (b"\x89PNG\r\n\0\0", "it is binary"),
-        (SHAKESPEARE.encode("utf-16"), "it is UTF-16; convert it to UTF-8"),
+        (b"\x89PNG\r\n\0\0", "file (binary)"),
         ("naïve".encode("latin-1"), "not UTF-8 text (invalid continuation byte)"),
     ],
 )
@@ -133,7 +135,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path):
     for size in (1, 100):
         assert "".join(corpus.chunks(size)) == "a-b\na\na/z\nb, no line end\né"
     assert corpus.left_out == (
-        "a/wide (UTF-16; convert it to UTF-8)",
+        "a/wide (utf-16; read it with encoding=utf-16 or auto)",
         "c.txt (empty)",
         "link (a link to a folder)",
         "loop (a link to a folder)",
@@ -141,6 +143,35 @@ def test_a_folder_is_its_text_files_in_order(tmp_path):
         "photo (binary)",
         "pipe (not a regular file)",
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_pattern_is_the_files_that_match_in_order(tmp_path, monkeypatch):
+    folder = tmp_path / "books"
+    for name in ("b.md", "a/z.md", "a/b/c.md", "a.txt", ".x.md", "a/.git/y.md", "checkpoints/n.md"):
+        write(folder / name, f"{name}\n")
+    (folder / "loop").symlink_to(folder)
+    (folder / "photo.md").write_bytes(b"\0")
+    monkeypatch.chdir(tmp_path)
+    corpus = find_corpus("books/**/*.md")
+    assert "".join(corpus.chunks()) == "a/b/c.md\na/z.md\nb.md\n"
+    assert corpus.name == str(folder / "**" / "*.md") and corpus.left_out == ("photo.md (binary)",)
+    assert text_of("books/?/*") == "a/z.md\n"
+    assert text_of("books/checkpoints/*.md") == "checkpoints/n.md\n"
+    error_of("books/**/*.tex", "books/**/*.tex is not found")
+    write(tmp_path / "a[1].txt", "a name with brackets")
+    assert text_of("a[1].txt") == "a name with brackets"
+
+
+@pytest.mark.parametrize("separator", ["", "\n\n", "<|end|>"])
+def test_the_separator_stands_between_documents(tmp_path, separator):
+    for name, text in (("1", "one\n"), ("2", "two"), ("3", "\ufeff"), ("4", "three")):
+        write(tmp_path / "books" / name, text)
+    corpus = find_corpus(str(tmp_path / "books"), separator=separator)
+    expected = f"one\n{separator}two{separator}three" if separator else "one\ntwo\nthree"
+    for size in (1, 7, 100):
+        assert "".join(corpus.chunks(size)) == expected
+        assert sum(count for count, _ in corpus.counted_chunks(size)) == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
@@ -184,7 +215,7 @@ def test_the_digest_of_a_folder_depends_on_where_its_files_end(tmp_path):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     write(tmp_path / "folder" / "photo", b"\0")
-    error_of(tmp_path / "folder", tmp_path / "folder", "has no text file")
+    error_of(tmp_path / "folder", tmp_path / "folder", "has no text in it: photo (binary)")
     bad = write(tmp_path / "folder" / "bad", b"abc\xff")
     error_of(tmp_path / "folder", bad, "not UTF-8")
 
@@ -353,6 +384,32 @@ def test_a_redirect_to_plain_http_needs_a_checksum(site, monkeypatch):
 
 def test_a_password_in_a_url_is_refused_and_not_repeated():
     assert "geheim" not in error_of("https://user:geheim@host/text", "password")
+
+
+def test_a_download_keeps_the_suffix_that_tells_its_format(site):
+    site.text = gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')
+    name = f"{site.url}/rows.jsonl.gz?download=true"
+    corpus = find_corpus(name, field="text")
+    assert "".join(corpus.chunks()) == "one\ntwo" and corpus.paths[0].name.endswith(".jsonl.gz")
+
+
+def test_other_protocols_are_read_through_fsspec(cache, monkeypatch):
+    monkeypatch.setattr(corpus_module, "REMOTE", ("s3", "memory"))
+    with fsspec.open("memory://texts/a.txt.gz", "wb") as file:
+        file.write(gzip.compress(SHAKESPEARE.encode()))
+    digest = hashlib.sha256(gzip.compress(SHAKESPEARE.encode())).hexdigest()
+    for _ in range(2):
+        assert text_of("memory://texts/a.txt.gz") == SHAKESPEARE
+        fsspec.filesystem("memory").store.clear()  # it is downloaded once
+    error_of(f"memory://texts/a.txt.gz#sha256={digest}", "download failed (FileNotFoundError")
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    error_of("s3://bucket/a.txt", "download failed (ImportError: Install s3fs")
+    assert {path.suffix for path in cache.iterdir()} == {".lock", ".gz"}
+
+
+@pytest.mark.parametrize("name", ["ftp://host/a.txt", "file:///etc/hosts", "s3://b/a::http://h/a"])
+def test_other_urls_are_refused(name):
+    error_of(name, "URLs begin with one of https://, s3://")
 
 
 def test_tinyshakespeare_is_downloaded_or_put_in_place_and_verified(site, cache, monkeypatch):

@@ -10,8 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from gpt_lightning import GPTConfig, GPTModule
+from gpt_lightning.checkpoint import check_compatible
 from gpt_lightning.data.datamodule import BATCHES_AT_ONCE, TextDataModule
 from gpt_lightning.data.playwright import write_lines
+from gpt_lightning.data.windows import SlidingWindows
 from gpt_lightning.errors import UserError
 
 TEXT = "".join(np.random.default_rng(0).choice(list("abcdefghij klmnop\n"), 1000))
@@ -117,15 +120,24 @@ def test_predicted_characters_and_tokens_are_counted(make, tokenizer, split, fra
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(split="blocks", tokenizer="byte"), dict(max_val_tokens=1000)]
+    "settings",
+    [
+        dict(),
+        dict(split="blocks", tokenizer="byte"),
+        dict(max_val_tokens=1000),
+        dict(split="blocks", tokenizer="word"),
+        dict(tokenizer="bpe", max_vocab_size=300),
+    ],
 )
 def test_the_floor_is_the_mean_cost_of_the_validated_characters(make, settings):
     data = make(corpus="playwright:7:30000", **settings)
     costs, lines = [], write_lines(7)
-    while len(costs) < len(data.tokens):  # each character has an equal share of its line's cost
+    decode = data.tokenizer.decode
+    while len(costs) < len(decode(data.tokens)):  # each character has an equal share of its line's
         line, nats = next(lines)
         costs += [nats / len(line)] * len(line)
-    predicted = [costs[i] for a, b in data.val_spans for i in range(a + 1, b)]
+    spans = [[len(decode(data.tokens[:n])) for n in (a + 1, b)] for a, b in data.val_spans]
+    predicted = [costs[i] for a, b in spans for i in range(a, b)]
     assert len(predicted) == data.val_characters
     assert data.val_floor == pytest.approx(sum(predicted) / len(predicted), rel=1e-9)
 
@@ -296,18 +308,147 @@ def test_validation_works_on_a_text_too_short_for_training(make, text):
         data.train_dataloader()
 
 
+# --- texts of their own for validation and test ---------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path):
+    """The name of a file with this text."""
+
+    def write(text, name="other.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_validation_text_is_predicted_as_a_whole(make, other, world):
+    name = other(distinct(3000)[::-1][:700])
+    predicted = []
+    for rank in range(world):
+        data = make(distinct(3000), val_corpus=name, rank=rank, world=world)
+        predicted += [i for _, y in data.val_dataloader() for i in y.flatten().tolist()]
+    assert sorted(predicted) == sorted(range(2300, 2999))  # all but the first, id 2999
+    assert data.val_tokens == data.val_characters == 699
+    assert data.train_spans == [(0, 3000)] and data.vocab_size == 3000
+
+
+def test_with_a_validation_text_all_of_the_corpus_is_trained_on(make, other):
+    data = make(distinct(1001), val_corpus=other(distinct(500)), stride=8)
+    seen = {
+        i for x, y in train(data, len(data.train_dataloader()) * 3) for i in x.unique().tolist()
+    }
+    assert len(seen) > 990 and max(seen) > 990
+    # the windows are those of a run that has nothing held out
+    ids = data.windows.starts(np.arange(4))
+    expected = SlidingWindows([(0, 1001)], 8, 8, 1337).starts(np.arange(4))
+    assert ids.tolist() == expected.tolist()
+
+
+def test_the_test_text_is_for_the_test_stage_only(make, other):
+    data = make(TEXT, test_corpus=other(TEXT[:50]))
+    plain = make(TEXT)
+    assert same(list(data.val_dataloader()), list(plain.val_dataloader()))
+    assert data.train_spans == plain.train_spans and data.val_characters == 99
+    tested = "".join(data.tokenizer.decode(y.flatten()) for _, y in data.test_dataloader())
+    assert tested == TEXT[1:50] and data.val_characters == 49
+    assert same(list(data.val_dataloader()), list(plain.val_dataloader()))
+    assert data.val_characters == 99
+    assert same(list(plain.test_dataloader()), list(plain.val_dataloader()))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "word"])
+def test_a_validation_text_is_encoded_by_the_tokenizer_of_the_training_text(make, other, tokenizer):
+    data = make(TEXT, tokenizer=tokenizer, val_corpus=other(TEXT[300:500]))
+    alone = make(TEXT, tokenizer=tokenizer)
+    assert data.tokenizer.state() == alone.tokenizer.state()
+    assert data.tokenizer.decode(data.val_ids) == TEXT[300:500]
+
+
+def test_the_floor_of_an_embedded_validation_text_is_its_own(make):
+    data = make(corpus="playwright:3:60000", val_corpus="playwright:7:9000")
+    costs, lines = [], write_lines(7)
+    while len(costs) < len(data.val_ids):
+        line, nats = next(lines)
+        costs += [nats / len(line)] * len(line)
+    assert data.val_floor == pytest.approx(sum(costs[1:]) / len(costs[1:]), rel=1e-9)
+    assert make(corpus="playwright:3:60000", val_corpus=data.val_text.name).val_floor
+    assert make(TEXT, test_corpus="playwright:7:9000", unknown="replace").val_floor is None
+
+
+def test_characters_that_the_training_text_lacks_are_named(make, other):
+    name = other("ab\nc\u00fc")
+    for setting in ("val_corpus", "test_corpus"):
+        with pytest.raises(UserError, match=rf"^{setting}=.*other.txt: the character 'ü'"):
+            make(TEXT, **{setting: name})
+    data = make(TEXT, val_corpus=name, unknown="replace", stage="validate")
+    assert data.tokenizer.decode(data.val_ids) == "ab\nc "  # the first replacement in the text
+    assert data.val_floor is None
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("a", {}, "^val_corpus=.*other.txt has 1 tokens, too few"),
+        ("", {}, "^val_corpus=.*other.txt has no text in it"),
+        ("abc", {}, "^block_size=8 with batch_size=4 is too large for .* 3 tokens; choose"),
+        ("abc" * 9, dict(field="text"), "^field=text is for files that end in"),
+        ("abc" * 9, dict(encoding="utf9"), "^encoding=utf9 is neither"),
+    ],
+)
+def test_a_validation_text_that_cannot_be_used_is_refused(make, other, text, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(TEXT, val_corpus=other(text), **settings)
+
+
+def test_the_settings_of_files_are_for_every_text(make, other):
+    rows = other('{"body": "ab"}\n{"body": "cd"}\n', "rows.jsonl")
+    settings = dict(field="body", separator="|", stage="validate", block_size=2, batch_size=1)
+    data = make(corpus=rows, val_corpus=rows, **settings)
+    assert data.tokenizer.decode(data.val_ids) == data.tokenizer.decode(data.tokens) == "ab|cd"
+    assert data.token_file.documents == 2 and data.token_file.characters == 5
+
+
+def test_a_checkpoint_tells_the_validation_text(make, other):
+    module = GPTModule(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=17, block_size=8))
+    before = module.describe(make(TEXT, val_corpus=other(TEXT[:100])))
+    check_compatible(before, before, "a.ckpt", same_corpus=True)
+    for settings in (dict(val_corpus=other(TEXT[:101])), {}):
+        now = module.describe(make(TEXT, **settings))
+        check_compatible(before, now, "a.ckpt", same_corpus=False)
+        with pytest.raises(UserError, match="is not the validation text of ckpt_path=a.ckpt"):
+            check_compatible(before, now, "a.ckpt", same_corpus=True)
+
+
+def test_a_pickled_module_has_its_validation_text(make, other):
+    data = make(TEXT, val_corpus=other(TEXT[:100]))
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy.val_text.name == data.val_text.name
+    assert same(list(copy.val_dataloader()), list(data.val_dataloader()))
+    assert same(train(copy, 3), train(data, 3))
+
+
+def test_estimator_batches_of_validation_are_from_its_own_text(make, other):
+    data = make(TEXT, val_corpus=other("abcdefgh" * 9))
+    for x, _ in data.estimator_batches("val", 3, 0, 1):
+        assert all(data.tokenizer.decode(row) in "abcdefgh" * 3 for row in x)
+    rows = [row for x, _ in data.estimator_batches("train", 3, 0, 1) for row in x]
+    assert all(data.tokenizer.decode(row) in TEXT for row in rows)
+
+
 # --- the lecture's estimator ----------------------------------------------------------------------
 
 
 def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
     data = make()
-    alone = list(data.estimator_batches(data.val_spans, 7, 0, 1))
+    alone = list(data.estimator_batches("val", 7, 0, 1))
     for x, y in alone:
         assert x.shape == y.shape == (4, 8) and torch.equal(x[:, 1:], y[:, :-1])
         rows = torch.cat([x, y[:, -1:]], dim=1)
         assert all(data.tokenizer.decode(row) in TEXT[900:] for row in rows)
     assert len({tuple(row.tolist()) for x, _ in alone for row in x}) > 14
-    shared = [list(data.estimator_batches(data.val_spans, 7, rank, 3)) for rank in range(3)]
+    shared = [list(data.estimator_batches("val", 7, rank, 3)) for rank in range(3)]
     assert same([shared[i % 3][i // 3] for i in range(7)], alone)
 
 
@@ -326,7 +467,7 @@ def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
         ("val_fraction", math.nan),
         ("sampling", "sometimes"),
         ("split", "middle"),
-        ("tokenizer", "word"),
+        ("tokenizer", "words"),
         ("unknown", "ignore"),
     ],
 )

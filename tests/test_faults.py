@@ -285,3 +285,75 @@ def test_tensorboard_given_by_class_hides_what_a_killed_run_logged_later(here, e
     assert ends(*RESUME, "--trainer.max_steps=8")[0] == 0
     found = EventAccumulator("tb/lightning_logs/version_0").Reload().Scalars("loss/val")
     assert [event.step for event in found] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "stop", ["--trainer.max_steps=5", "--trainer.callbacks=StopsEarly", "--trainer.max_epochs=1"]
+)
+def test_an_epoch_that_was_cut_short_is_completed(here, ends, monkeypatch, stop):
+    Path("own.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class StopsEarly(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        trainer.should_stop |= trainer.global_step == 5\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    tiny = [flag for flag in TINY if "max_steps" not in flag]
+    epochs = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=20"]
+    own = stop.replace("StopsEarly", "own.StopsEarly")
+    assert ends("fit", *tiny, *epochs, own)[0] == 0
+    end = ["--trainer.max_epochs=2", "--trainer.callbacks=null"]
+    assert ends("fit", "--ckpt_path=last", *end, "--trainer.accelerator=cpu")[0] == 0
+    whole = ends("fit", *tiny, *epochs)
+    assert whole[0] == 0
+    a, b = (read_checkpoint(LAST.parents[2] / f"version_{n}/checkpoints/last.ckpt") for n in (1, 2))
+    assert a["global_step"] == b["global_step"] == 40
+    if "StopsEarly" in stop:  # the others have decayed the learning rate at their end
+        weights = (a["state_dict"], b["state_dict"])
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_one_batch_is_not_all_batches(here, ends):
+    code, out, _ = ends("fit", *TINY, "--trainer.limit_val_batches=1", "--print_config")
+    assert code == 0 and "limit_val_batches: 1\n" in out
+    code, out, _ = ends("fit", *TINY, "--trainer.limit_val_batches=1")
+    assert code == 0
+    limited = re.findall(r"val (\d\.\d+) nats", out)[-1]
+    whole = re.findall(r"val (\d\.\d+) nats", ends("validate", "--trainer.accelerator=cpu")[1])[-1]
+    assert limited != whole  # and `validate` does not take the limit from the checkpoint
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["raise RuntimeError('the printer is out of memory')", "raise OSError(28, 'my own disk')"],
+)
+def test_an_exception_of_the_users_own_callback_is_not_taken_for_another(
+    here, ends, monkeypatch, line
+):
+    module = f"own{abs(hash(line))}"
+    Path(f"{module}.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Fails(Callback):\n"
+        f"    def on_train_start(self, *_):\n        {line}\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    with pytest.raises((RuntimeError, OSError), match="printer|my own disk"):
+        main(["fit", *TINY, f"--trainer.callbacks={module}.Fails"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("argv", [["validate", "--trainer.accelerator=cpu"], ["fit", "--help"]])
+def test_output_that_is_lost_is_told_at_the_end(cli, here, argv):
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "gpt_lightning", *argv],
+            stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=120,
+        )  # fmt: skip
+    assert "the output could not be written" in one_line(run.returncode, run.stderr)
+
+
+def test_the_line_of_a_validation_has_the_training_loss_of_its_step(here, ends):
+    code, out, _ = ends("fit", *TINY, "--trainer.log_every_n_steps=1")
+    exact = re.findall(r"^step (\d+)  train (\S+)", out, re.MULTILINE)
+    code, out, _ = ends("fit", *TINY, "--trainer.log_every_n_steps=3")
+    assert exact == re.findall(r"^step (\d+)  train (\S+)", out, re.MULTILINE) and len(exact) == 4

@@ -1,12 +1,13 @@
 """Generated text against the lecture's loop, naive decoding of windows, and drawn frequencies."""
 
 import itertools
+from bisect import bisect_right
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lecture_oracle import BigramLanguageModel, oracle_of
+from lecture_oracle import oracle_of
 
 from gpt_lightning.checkpoint import KEY, describe
 from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -39,9 +40,9 @@ def successor(vocab_size, after, block_size=4):
     return model
 
 
-def steps(model, ids, n, sampling=None, seed=0, stop=()):
+def steps(model, ids, n, sampling=None, seed=0):
     """The ids that `generate` yields, a list for each sample."""
-    found = generate(model, torch.tensor(ids), n, sampling or Sampling(), seeded(seed), stop)
+    found = generate(model, torch.tensor(ids), n, sampling or Sampling(), seeded(seed))
     return [list(sample) for sample in zip(*found, strict=True)]
 
 
@@ -68,18 +69,16 @@ def test_greedy_text_equals_the_lecture_model_on_each_whole_window(block_size, p
         assert sample == [int(oracle(torch.tensor([ids]))[0][0, -1].argmax()) for ids in seen]
 
 
-def test_draws_equal_the_lecture_s_generate():
-    """With logits sorted by id, as `Sampling` sorts them, one seed gives the same tokens."""
-    model = successor(5, {})
-    with torch.no_grad():  # logits decrease with the id
-        model.token_embedding_table.weight.copy_(torch.linspace(1, -1, 5).repeat(5, 1))
-    oracle = BigramLanguageModel(5)
-    oracle.load_state_dict(model.state_dict())
-    ids, generator = torch.zeros(2, 1, dtype=torch.long), seeded(3)
-    for _ in range(50):
-        probs = F.softmax(oracle(ids)[0][:, -1, :], dim=-1)
-        ids = torch.cat([ids, torch.multinomial(probs, 1, generator=generator)], dim=1)
-    assert steps(model, [[0], [0]], 50, seed=3) == ids[:, 1:].tolist()
+def test_draws_invert_the_lecture_model_s_distribution():
+    """One random number for each sample and step, drawn from the seed."""
+    model = lecture_model(vocab_size=5)
+    oracle, found = oracle_of(model), steps(model, [[0], [3]], 5, seed=3)
+    numbers = torch.rand(5, 2, generator=seeded(3))
+    for row, text in enumerate(([0], [3])):
+        for number in numbers[:, row].tolist():
+            probs = F.softmax(oracle(torch.tensor([text]))[0][0, -1].double(), dim=-1)
+            text.append(bisect_right(probs.cumsum(0).tolist(), number))
+        assert found[row] == text[1:]
 
 
 def test_each_token_is_computed_once_until_the_window_restarts():
@@ -97,27 +96,6 @@ def test_the_seed_decides_the_text():
     assert first[0] != first[1]  # samples of one prompt are drawn independently
     torch.manual_seed(999)  # torch's global generator is not used
     assert steps(model, [[1, 2]] * 2, 40, seed=5) == first
-
-
-def test_a_stop_ends_one_sample_and_others_continue():
-    model = successor(10, {i: (i + 1) % 10 for i in range(10)})
-    found = steps(model, [[0], [4], [7]], 9, stop=[[3, 4], [8, 9, 0]])
-    assert found[0] == [1, 2, 3, 4, None, None]  # both tokens of the stop are included
-    assert found[1] == [5, 6, 7, 8, 9, 0]
-    assert found[2] == [8, 9, 0, None, None, None]
-    assert steps(model, [[0], [1]], 50, stop=[[3]]) == [[1, 2, 3], [2, 3, None]]  # all have ended
-    assert steps(model, [[3, 4]], 3, stop=[[3, 4], [4, 5]]) == [[5, 6, 7]]  # not in the prompt
-
-
-def test_ended_samples_do_not_change_the_draws_of_others():
-    model = lecture_model()
-    free = steps(model, [[1], [2]], 25, seed=8)
-    stop = free[0][3:5]
-    stopped = steps(model, [[1], [2]], 25, seed=8, stop=[stop])
-    ends = [next((i + 2 for i in range(24) if s[i : i + 2] == stop), 25) for s in free]
-    assert ends[0] <= 5
-    expected = [s[:end] + [None] * (25 - end) for s, end in zip(free, ends, strict=True)]
-    assert stopped == [s[: max(ends)] for s in expected]
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -185,6 +163,40 @@ def test_streamed_pieces_join_to_the_generated_texts(letters):
     assert letters.generate("face", **{**settings, "seed": 3}) != generated
 
 
+def test_a_stop_ends_one_sample_and_others_continue():
+    writer = speller("abcdefghijkl")
+    found = [list(s) for s in zip(*writer.stream("a", max_new_tokens=5, stop=["cde"]), strict=True)]
+    assert found == [["b", "c", "d", "e", ""]]  # the stop is included; "" is the end of the text
+    assert writer.generate("cde", max_new_tokens=3, stop=["cde", "de"]) == ["cdefgh"]
+    assert writer.generate("a", max_new_tokens=9, stop="c") == ["abc"]  # a string is one stop
+
+
+def test_stops_do_not_change_the_other_samples(letters):
+    settings = dict(max_new_tokens=40, num_samples=4, seed=8)
+    free = [text[1:] for text in letters.generate("f", **settings)]
+    stop = free[0][3:5]
+    expected = [text[: text.find(stop) + 2] if stop in text else text for text in free]
+    assert len({len(text) for text in expected}) > 1
+    assert [t[1:] for t in letters.generate("f", **settings, stop=[stop])] == expected
+
+
+def test_banned_strings_do_not_occur(letters):
+    settings = dict(max_new_tokens=300, num_samples=5, seed=1)
+    free = letters.generate("e", **settings)
+    ban = ["e", *(text[50:52] for text in free), free[0][60:63]]
+    banned = letters.generate("e", **settings, ban=ban)
+    assert not any(string in text[1:] for text in banned for string in ban)
+    assert all(len(text) == 301 for text in banned)
+    with pytest.raises(UserError, match="^ban=.* leaves no token"):
+        letters.generate("a", ban=list("\n abcdef"))
+
+
+def test_a_shorter_text_is_the_beginning_of_a_longer_one(letters):
+    short = letters.generate("abc", max_new_tokens=20, seed=3, num_samples=3)
+    long = letters.generate("abc", max_new_tokens=300, seed=3, num_samples=3)
+    assert [text[: len("abc") + 20] for text in long] == short
+
+
 def test_bytes_are_streamed_as_whole_characters():
     text = "é€🙃"
     writer = speller(text)
@@ -210,6 +222,15 @@ def test_unknown_characters_are_dropped_or_replaced_on_request(saved):
     assert replacing.generate("☃")[0][1:] == replacing.generate(" ")[0][1:]
 
 
+def test_an_empty_prompt_starts_after_the_separator_of_documents(letters, saved):
+    checkpoint = torch.load(saved, weights_only=True)
+    for data, start in (({}, "\n"), ({"separator": ""}, "\n"), ({"separator": "fed"}, "fed")):
+        checkpoint[KEY]["settings"] = {"data": data}
+        torch.save(checkpoint, saved)
+        expected = letters.generate(start)[0].removeprefix(start)
+        assert TextGenerator.load(saved).generate() == [expected]
+
+
 @pytest.mark.parametrize("unknown", ["error", "drop"])
 def test_an_empty_prompt_starts_a_line_or_follows_the_first_token(letters, unknown):
     text = letters.generate(seed=4)[0]
@@ -219,7 +240,9 @@ def test_an_empty_prompt_starts_a_line_or_follows_the_first_token(letters, unkno
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(max_new_tokens=0), dict(num_samples=0), dict(stop=["a", ""])], ids=str
+    "settings",
+    [dict(max_new_tokens=0), dict(num_samples=0), dict(stop=["a", ""]), dict(ban=[""])],
+    ids=str,
 )
 def test_settings_out_of_range_raise(letters, settings):
     with pytest.raises(UserError, match=f"^{next(iter(settings))}=.* must "):

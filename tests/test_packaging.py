@@ -103,8 +103,12 @@ def test_every_imported_package_is_a_dependency():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     declared = set(re.findall(r"^([\w-]+)", config["options"]["install_requires"], re.M))
-    names = {"yaml": "pyyaml", "docstring_parser": "docstring-parser"}
-    optional = {"matplotlib"}  # for the ladder's picture; its absence is reported
+    names = {
+        "yaml": "pyyaml",
+        "docstring_parser": "docstring-parser",
+        "charset_normalizer": "charset-normalizer",
+    }
+    optional = {"matplotlib", "tokenizers"}  # their absence is reported
     known = sys.stdlib_module_names | optional | {"gpt_lightning"}
     for path in (ROOT / "gpt_lightning").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from gpt_lightning import GPTConfig, GPTModule, TextDataModule
 from gpt_lightning.cli import main
 from gpt_lightning.training import callbacks
 from gpt_lightning.training.callbacks import RunProgressBar, TrainingMetrics
-from gpt_lightning.training.report import outcome
+from gpt_lightning.training.report import files_read, outcome
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,15 @@ def test_lightnings_own_tips_are_silent_in_a_plain_trainer(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0 and "GPU available" in run.stderr and "Tip:" not in run.stderr
+
+
+def test_the_summary_counts_what_was_read_and_names_what_was_not(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n' * 9)
+    (tmp_path / "photo").write_bytes(b"\0")
+    for settings, said in (
+        (dict(field="text", separator="|"), "18 documents separated by '|' in 1 file, 71 char"),
+        ({}, "rows are read as plain text: --data.field=NAME"),
+    ):
+        data = TextDataModule(str(tmp_path), block_size=2, batch_size=1, **settings)
+        data.setup("fit")
+        assert said in files_read(data) and "; left out: photo (binary)" in files_read(data)

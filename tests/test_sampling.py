@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_lightning.errors import UserError
-from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.sampling import Sampling, draw
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -21,8 +21,11 @@ some_logits = st.lists(
 )
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+LARGEST = 1 - 2**-24  # that torch.rand draws in fp32
+
+
+def uniform(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
 
 
 def softmax(logits, temperature=1.0):
@@ -50,7 +53,7 @@ def renormalized(probs, keep):
 def test_temperature_0_takes_the_most_likely_for_every_seed(logits, seed):
     expected = max(range(len(logits)), key=lambda i: (logits[i], -i))  # the lowest id of a tie
     logits = torch.tensor([logits])
-    assert Sampling(temperature=0).sample(logits, seeded(seed)).tolist() == [expected]
+    assert Sampling(temperature=0).sample(logits, uniform(1, seed)).tolist() == [expected]
     probs = Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1).probabilities(logits)
     assert probs[0].tolist() == [float(i == expected) for i in range(len(probs[0]))]
 
@@ -137,13 +140,75 @@ def test_samples_of_a_batch_are_filtered_independently():
     assert torch.equal(logits[0], torch.tensor([0.0, 1.0, 2.0]))  # not changed in place
 
 
-def test_tokens_are_drawn_with_their_probabilities():
-    logits, n = [0.3, -1.0, 1.2, 0.0, -0.4], 20_000
-    sampling = Sampling(temperature=2.0, top_k=3)
-    expected = torch.tensor(renormalized(softmax(logits, 2.0), {0, 2, 3}))
-    drawn = sampling.sample(torch.tensor([logits]).repeat(n, 1), seeded(1)).bincount(minlength=5)
-    # five standard deviations of a count
-    assert ((drawn - n * expected).abs() <= 5 * (n * expected * (1 - expected)).sqrt()).all()
+@pytest.mark.parametrize("V", [2, 65, 800])
+def test_tokens_are_drawn_with_their_probabilities(V):
+    """A chi-square test: its statistic has mean V - 1 and variance 2 (V - 1)."""
+    logits, n = torch.randn(V, generator=torch.Generator().manual_seed(V)), 100 * V
+    expected = n * torch.tensor(softmax(logits.tolist(), 1.3), dtype=torch.float64)
+    drawn = torch.zeros(V)
+    for numbers in uniform(n, 1).split(5000):
+        ids = Sampling(temperature=1.3).sample(logits.expand(len(numbers), V), numbers)
+        drawn += ids.bincount(minlength=V)
+    statistic = ((drawn - expected) ** 2 / expected).sum().item()
+    assert abs(statistic - (V - 1)) < 5 * math.sqrt(2 * (V - 1))
+
+
+@quick
+@given(
+    weights=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12).filter(any),
+    u=st.integers(0, 2**24 - 1).map(lambda n: n * 2**-24) | st.sampled_from([0.0, LARGEST]),
+)
+def test_a_draw_is_the_first_token_whose_cumulative_sum_exceeds_u(weights, u):
+    found = draw(torch.tensor([weights]), torch.tensor([u])).item()
+    assert weights[found] > 0
+    sums = list(itertools.accumulate(map(float, weights)))
+    tiny = 1e-6 * sums[-1]  # single precision
+    assert sums[found] > u * sums[-1] - tiny
+    assert sums[found] - weights[found] <= u * sums[-1] + tiny
+
+
+def test_the_ends_of_the_distribution_have_positive_weight():
+    generator = torch.Generator().manual_seed(0)
+    for V in (1, 3, 65, 60_000):
+        weights = torch.rand(20, V, generator=generator) ** 8
+        weights[:, V // 2 + 1 :] = 0  # what a filter removes
+        weights[:, : V // 3] = 0
+        for u in (0.0, LARGEST):
+            ids = draw(weights, torch.full((20,), u))
+            assert (weights.gather(1, ids[:, None]) > 0).all()
+        assert (draw(weights, torch.zeros(20)) == V // 3).all()
+
+
+def test_a_sample_depends_on_its_own_logits_and_number_only():
+    logits, numbers = torch.randn(50, 9), uniform(50, 3)
+    for sampling in (Sampling(), Sampling(0.7, top_k=4, top_p=0.9, min_p=0.1)):
+        whole = sampling.sample(logits, numbers)
+        alone = [sampling.sample(logits[i : i + 1], numbers[i : i + 1]) for i in range(50)]
+        assert torch.equal(whole, torch.cat(alone))
+
+
+@quick
+@given(
+    logits=st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=9),
+    penalty=st.floats(0.1, 10),
+    window=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+)
+def test_the_repetition_penalty_is_that_of_ctrl(logits, penalty, window):
+    expected = [
+        x if i not in window else x / penalty if x > 0 else x * penalty
+        for i, x in enumerate(logits)
+    ]
+    sampling = Sampling(temperature=0.7, repetition_penalty=penalty)
+    found = sampling.probabilities(torch.tensor([logits]), torch.tensor([window]))[0].tolist()
+    assert found == pytest.approx(softmax(expected, 0.7), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banned_tokens_are_not_drawn(temperature):
+    logits = torch.tensor([[5.0, 1.0, 1.0, 0.0]]).repeat(500, 1)
+    banned = torch.tensor([[True, False, True, False]]).repeat(500, 1)
+    ids = Sampling(temperature).sample(logits, uniform(500), banned=banned)
+    assert set(ids.tolist()) == ({1} if temperature == 0 else {1, 3})
 
 
 @pytest.mark.parametrize(
@@ -155,6 +220,7 @@ def test_tokens_are_drawn_with_their_probabilities():
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("min_p", 0.0),
+        ("repetition_penalty", 0.0),
     ],
 )
 def test_settings_out_of_range_raise(name, value):
@@ -164,7 +230,10 @@ def test_settings_out_of_range_raise(name, value):
 
 @pytest.mark.parametrize("row", [[0, math.nan, 1], [0, math.inf, 1], [-math.inf] * 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_raise(row, temperature):
+def test_logits_that_are_not_finite_give_no_token(row, temperature):
     logits = torch.tensor([[0.0, 1.0, 2.0], row])
+    sampling = Sampling(temperature=temperature)
+    good, bad = sampling.sample(logits, uniform(2)).tolist()
+    assert good >= 0 and bad == -1
     with pytest.raises(UserError, match="logits are not finite"):
-        Sampling(temperature=temperature).sample(logits, seeded())
+        sampling.probabilities(logits)

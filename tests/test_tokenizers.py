@@ -1,17 +1,22 @@
 import json
+import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt_lightning.data.bpe import BPETokenizer
 from gpt_lightning.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
+    character_counts,
     tokenizer_from_state,
 )
+from gpt_lightning.data.words import WordTokenizer
 from gpt_lightning.errors import UserError
 
 # every code point, surrogates included; and text that people write
@@ -30,15 +35,15 @@ def test_the_vocabulary_is_that_of_the_lecture(text, size):
     assert tokenizer.encode(text).tolist() == [stoi[c] for c in text]
 
 
-@given(st.text("abcde", min_size=1), st.integers(1, 5), st.integers(1, 4))
-def test_characters_that_occur_less_than_min_count_times_are_left_out(text, size, least):
+@given(st.text("abcé😀"), st.integers(1, 5), st.integers(1, 4))
+def test_characters_are_counted_up_to_a_limit(text, size, most):
     chunks = (text[i : i + size] for i in range(0, len(text), size))
-    if expected := [c for c in sorted(set(text)) if text.count(c) >= least]:
-        found = CharTokenizer.train(chunks, min_count=least).vocabulary
-        assert found == "".join(expected)
-    else:
-        with pytest.raises(UserError, match=f"min_count={least}"):
-            CharTokenizer.train(chunks, min_count=least)
+    expected = [(c, min(n, most)) for c, n in sorted(Counter(text).items())]
+    assert list(character_counts(chunks, most).items()) == expected
+
+
+def test_added_characters_follow_the_vocabulary():
+    assert CharTokenizer("ba").with_characters("dabc").vocabulary == "bacd"
 
 
 @given(ANY.filter(bool))
@@ -139,12 +144,27 @@ def test_characters_of_a_long_text_are_counted_in_pieces():
 # --- states ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer", [CharTokenizer("\nab😀é"), ByteTokenizer()])
+TEXT = "ab ab é😀\nba ba"
+TOKENIZERS = [
+    CharTokenizer.train([TEXT]),
+    ByteTokenizer(),
+    WordTokenizer.train([TEXT], "".join(sorted(set(TEXT))), 20),
+    BPETokenizer.train([TEXT], 300),
+]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.kind)
 def test_a_tokenizer_is_restored_from_its_state_as_json(tokenizer):
     state = json.loads(json.dumps(tokenizer.state()))
     again = tokenizer_from_state(state)
     assert type(again) is type(tokenizer) and again.state() == state
-    assert again.encode("ab😀é\n").tolist() == tokenizer.encode("ab😀é\n").tolist()
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.kind)
+def test_a_tokenizer_can_be_sent_to_another_process(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.decode(again.encode(TEXT)) == TEXT
 
 
 def test_a_restored_tokenizer_has_the_given_policy():
@@ -152,7 +172,18 @@ def test_a_restored_tokenizer_has_the_given_policy():
 
 
 @pytest.mark.parametrize(
-    "state", [None, {"kind": "word"}, {"kind": "char"}, {"kind": "char", "vocabulary": "aa"}]
+    "state",
+    [
+        None,
+        {},
+        {"kind": "words"},
+        {"kind": ["char"]},
+        *({"kind": kind, "vocabulary": v} for kind in ("char", "word") for v in ("", "aa", 3)),
+        {"kind": "word", "vocabulary": "[" * 1_000_000},
+        {"kind": "bpe", "vocabulary": "a bc"},
+        {"kind": "bpe", "vocabulary": ["a b"]},
+    ],
+    ids=lambda state: str(state)[:40],
 )
 def test_a_malformed_state_is_refused(state):
     with pytest.raises(UserError):

@@ -66,6 +66,8 @@ def test_any_text_round_trips_whatever_the_piece_size(tmp_path, monkeypatch, tex
     expected = "".join(corpus.chunks())
     assert decoded(prepare_tokens(corpus)) == expected
     assert prepare_tokens(corpus, "byte").open().tobytes() == expected.encode()
+    assert decoded(prepare_tokens(corpus, "word")) == expected
+    assert decoded(prepare_tokens(corpus, "bpe", max_vocab_size=300)) == expected
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -82,6 +84,10 @@ def test_a_file_is_built_once_for_what_the_ids_depend_on(corpus, tmp_path, monke
         {"vocabulary": wide[::-1]},
         {"vocabulary": wide, "unknown": "drop"},
         {"vocabulary": wide, "unknown": "replace"},
+        {"tokenizer": "bpe"},
+        {"tokenizer": "bpe", "max_vocab_size": 300},
+        {"tokenizer": "word"},
+        {"vocabulary_corpus": make_corpus(tmp_path, wide, "wide")},
     ]
     moved = make_corpus(tmp_path, TEXT, "moved")  # the same content under another name
     for text in (corpus, moved):
@@ -185,13 +191,61 @@ def test_characters_outside_a_given_vocabulary_follow_the_policy(corpus):
     assert decoded(replaced) == PLAIN.replace("ü", "?").replace("😀", "?")
 
 
+RARE = "abcabcab漢漢字é"  # with min_count=3: c, 漢, 字 and é are rare, which occur six times
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+@pytest.mark.parametrize(
+    ("unknown", "expected"), [(None, "ab\ufffd" * 2 + "ab" + "\ufffd" * 4), ("drop", "ababab")]
+)
+def test_rare_characters_are_replaced_or_dropped_and_counted(tmp_path, kind, unknown, expected):
+    found = prepare_tokens(make_corpus(tmp_path, RARE), kind, unknown, min_count=3)
+    assert decoded(found) == expected
+    assert found.rare == (4, 6) and found.once == 0
+    assert found.tokenizer.count_characters(found.open()) == len(expected)
+    again = prepare_tokens(make_corpus(tmp_path, RARE), kind, unknown, min_count=3)
+    assert again.rare == found.rare  # read from the cache
+
+
+def test_characters_that_occur_once_are_counted(tmp_path):
+    found = prepare_tokens(make_corpus(tmp_path, RARE))
+    assert found.rare == (0, 0) and found.once == 2  # 字 and é
+
+
+def test_no_replacement_is_added_to_the_vocabulary_without_rare_characters(tmp_path):
+    found = prepare_tokens(make_corpus(tmp_path, "aabb"), min_count=2)
+    assert found.tokenizer.vocabulary == "ab" and found.rare == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "bpe"])
+def test_the_vocabulary_of_another_corpus_can_be_used(corpus, tmp_path, kind):
+    other = make_corpus(tmp_path, TEXT + "to sleep, to sleep", "other")
+    found = prepare_tokens(corpus, kind, vocabulary_corpus=other)
+    assert found.tokenizer.state() == prepare_tokens(other, kind).tokenizer.state()
+    assert found.tokenizer.state() != prepare_tokens(corpus, kind).tokenizer.state()
+    assert decoded(found) == PLAIN
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_the_vocabulary_of_a_state_gives_the_same_ids(corpus, tmp_path, kind):
+    found = prepare_tokens(corpus, kind)
+    vocabulary = found.tokenizer.state()["vocabulary"]
+    again = prepare_tokens(corpus, kind, vocabulary=vocabulary)
+    assert again.path != found.path and again.open().tolist() == found.open().tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         ({"vocabulary": "ab"}, "corpus=.*is not in the vocabulary"),
         ({"vocabulary": "#", "unknown": "drop"}, "corpus=.*no character of the vocabulary"),
         ({"vocabulary": ""}, "vocabulary='' must be"),
-        ({"tokenizer": "byte", "vocabulary": "ab"}, "vocabulary is for the char tokenizer"),
+        ({"tokenizer": "byte", "vocabulary": "ab"}, "vocabulary=ab is for .* not for tokenizer=b"),
+        ({"tokenizer": "bpe", "min_count": 3}, "min_count=3 is for .*char, word, not for"),
+        ({"max_vocab_size": 500}, "max_vocab_size=500 is for .*word, bpe, not for tokenizer=char"),
+        ({"tokenizer": "word", "max_vocab_size": 5}, "max_vocab_size=5 is less than the "),
+        ({"tokenizer": "bpe", "max_vocab_size": 1 << 17}, "max_vocab_size=131072 must be at most"),
+        ({"min_count": 10_000}, "min_count=10000 is more often"),
     ],
 )
 def test_an_invalid_setting_is_refused_and_leaves_nothing(corpus, cache, arguments, part):

@@ -30,11 +30,13 @@ def read_file(path: str, flag: str) -> str:
 
 
 def pick_device(name: str) -> str:
-    """The device of `--device`: a GPU for `auto` if there is one."""
+    """The device of `--device`: for `auto` NVIDIA's or Apple's GPU if there is one."""
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 
 from gpt_lightning.commands.common import Parser, pick_device, read_file
+from gpt_lightning.commands.interactive import interact
 from gpt_lightning.errors import UserError, with_flags
 
 
@@ -19,19 +21,25 @@ def generate_parser() -> Parser:
     add("--ckpt_path", default="best", metavar="PATH", help="last, best, a file or a run's folder")
     prompt("--prompt", default="", metavar="TEXT", help="the text to continue")
     prompt("--prompt_file", metavar="FILE", help="the same from a file; - reads standard input")
+    prompt("--prompts_file", metavar="FILE", help="several prompts, one a line")
+    prompt("--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D")
     add("--max_new_tokens", type=int, default=500, metavar="N", help="largest number of tokens")
     add("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token")
     add("--top_k", type=int, metavar="K", help="sample from the K likeliest tokens only")
     add("--top_p", type=float, metavar="P", help="sample from the likeliest that make up P")
     add("--min_p", type=float, metavar="P", help="drop tokens below P times the likeliest")
+    penalty_help = "above 1 makes tokens that occur in the context window less likely"
+    add("--repetition_penalty", type=float, default=1.0, metavar="X", help=penalty_help)
     add("--seed", type=int, default=1337, metavar="N", help="same seed, same text")
     add("--num_samples", type=int, default=1, metavar="N", help="number of texts")
     add("--stop", action="append", default=[], metavar="TEXT", help="end a text at TEXT (repeat)")
+    ban_help = "TEXT does not occur in what is generated (repeat)"
+    add("--ban", action="append", default=[], metavar="TEXT", help=ban_help)
     stream_help = "print a single text token by token; without the flag on a terminal only"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)
     unknown_help = "what to do with prompt characters that are not in the vocabulary"
     add("--unknown", choices=("error", "drop", "replace"), default="error", help=unknown_help)
-    add("--device", default="auto", help="cpu, cuda or mps; auto takes cuda if there is one")
+    add("--device", default="auto", help="cpu, cuda or mps; auto takes a GPU if there is one")
     precision_help = "of the weights: fp32, bf16 or int8; auto measures int8 on a CPU"
     add("--precision", default="auto", metavar="NAME", help=precision_help)
     add("--root", default=".", metavar="DIR", help="folder of lightning_logs")
@@ -42,49 +50,78 @@ def main(argv: list[str]) -> None:
     """From flags to text on standard output."""
     args = generate_parser().parse_args(argv)
     flags = {name: f"--{name}" for name in vars(args)}
-    if args.prompt_file is not None:
-        flags["prompt"] = f"--prompt_file={args.prompt_file}"
     try:
-        generate_text(args)
+        generate_texts(args, flags)
     except UserError as error:
         raise UserError(with_flags(str(error), flags)) from error
 
 
-def generate_text(args: argparse.Namespace) -> None:
-    from gpt_lightning.checkpoint import model_and_tokenizer, read_newest_intact
+def generate_texts(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from gpt_lightning.checkpoint import read_newest_intact
     from gpt_lightning.generation.generator import TextGenerator
-    from gpt_lightning.generation.quantize import quantize
     from gpt_lightning.generation.sampling import Sampling
 
+    filters = (args.top_k, args.top_p, args.min_p)
     settings = {
         "max_new_tokens": args.max_new_tokens,
-        "sampling": Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+        "sampling": Sampling(args.temperature, *filters, args.repetition_penalty),
         "seed": args.seed,
         "num_samples": args.num_samples,
         "stop": args.stop,
+        "ban": args.ban,
     }
-    prompt = (
-        args.prompt if args.prompt_file is None else read_file(args.prompt_file, "--prompt_file")
-    )
+    if args.interactive and args.num_samples != 1:
+        raise UserError(f"num_samples={args.num_samples} must be 1 with --interactive")
+    prompts = [] if args.interactive else read_prompts(args)
     device = pick_device(args.device)
     path, checkpoint = read_newest_intact(args.ckpt_path, args.root)
-    model, tokenizer = model_and_tokenizer(checkpoint, path, args.unknown)
-    generator = TextGenerator(quantize(model.to(device), args.precision), tokenizer)
+    generator = TextGenerator.from_checkpoint(
+        checkpoint, path, device, args.precision, args.unknown
+    )
+    source = f"checkpoint {path}, step {checkpoint['global_step']:,}"
+    if args.interactive:
+        print(source, file=sys.stderr)
+        return interact(generator, settings, flags)
     stream = sys.stdout.isatty() if args.stream is None else args.stream
-    if stream and args.num_samples == 1:
-        print_stream(prompt, generator.stream(prompt, **settings))
-    else:
-        for i, text in enumerate(generator.generate(prompt, **settings), 1):
-            if args.num_samples > 1:
-                print(f"--- {i} of {args.num_samples} ---")
-            print(text)
+    for flag, prompt in prompts:
+        flags["prompt"] = flag  # what an error about this prompt names
+        generator.encode_prompt(prompt)  # an error must come before the first text
+    number, total = 0, len(prompts) * args.num_samples
+    for _, prompt in prompts:
+        if stream and args.num_samples == 1:
+            number += 1
+            print_stream(prompt, generator.stream(prompt, **settings), header(number, total))
+            continue
+        for text in generator.generate(prompt, **settings):
+            number += 1
+            print(header(number, total) + text)
     if not os.path.isfile(args.ckpt_path):
-        print(f"checkpoint {path}, step {checkpoint['global_step']:,}", file=sys.stderr)
+        print(source, file=sys.stderr)
 
 
-def print_stream(prompt: str, pieces) -> None:
+def read_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The flag that each prompt comes from, and the prompt."""
+    if args.prompt_file is not None:
+        text = read_file(args.prompt_file, "--prompt_file")
+        return [(f"--prompt_file={args.prompt_file}", text)]
+    if args.prompts_file is None:
+        return [("--prompt", args.prompt)]
+    flag = f"--prompts_file={args.prompts_file}"
+    lines = enumerate(read_file(args.prompts_file, "--prompts_file").split("\n"), 1)
+    prompts = [(f"{flag}, line {number}", line) for number, line in lines if line]
+    if not prompts:
+        raise UserError(f"{flag} is empty; write one prompt a line")
+    return prompts
+
+
+def header(number: int, total: int) -> str:
+    """The line before one of several texts."""
+    return f"--- {number} of {total} ---\n" if total > 1 else ""
+
+
+def print_stream(prompt: str, pieces: Iterator[list[str]], header: str = "") -> None:
     first = next(pieces)  # an error must come before the prompt is printed
-    print(prompt + first[0], end="", flush=True)
+    print(header + prompt + first[0], end="", flush=True)
     for (piece,) in pieces:
         print(piece, end="", flush=True)
     print()

@@ -1,29 +1,30 @@
-"""Corpora: a name becomes a text, stored in local UTF-8 files.
+"""Corpora: a name becomes a text, read from local files.
 
 `find_corpus` accepts these names:
 
     playwright[:SEED[:CHARS]]   the embedded corpus: generated plays of known entropy, no network
     tinyshakespeare             1.1 MB of Shakespeare, downloaded once, its checksum verified
-    https://...                 a text file, downloaded once; `#sha256=HEX` verifies it, and plain
-                                http:// needs that
-    FILE                        a UTF-8 text file; `./tinyshakespeare` is a file of that name
+    https://...                 a file, downloaded once; `#sha256=HEX` verifies it, and plain
+                                http:// needs that; s3:// and others are read through fsspec
+    FILE                        a file; `./tinyshakespeare` is a file of that name
     FOLDER                      every text file below it, sorted by path, except hidden files
                                 and files written by runs
+    GLOB                        the files that match, such as `texts/**/*.md`
 
-Line ends `\\r\\n` and `\\r` become `\\n`. A byte-order mark at the start of a file is dropped.
-Downloads and generated plays are kept in `cache_dir()`.
+Files are read in the formats of `documents`. Downloads and generated plays are kept in
+`cache_dir()`.
 """
 
-import codecs
 import contextlib
+import glob
 import hashlib
+import json
 import os
 import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
@@ -32,6 +33,18 @@ from urllib.request import urlopen
 import numpy as np
 from filelock import FileLock
 
+from gpt_lightning.data.documents import (
+    JSON_LINES,
+    RUN_FOLDERS,
+    TABLES,
+    TextFile,
+    check_encoding,
+    corpus_error,
+    find_text_files,
+    listed,
+    read_documents,
+    split_suffixes,
+)
 from gpt_lightning.errors import UserError, did_you_mean
 from gpt_lightning.files import cache_dir, file_sha256, write_atomically
 
@@ -39,55 +52,74 @@ TINYSHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+URL = r"[a-z][a-z0-9+.-]+://"
 SECURE = r"https://|http://(localhost|127\.0\.0\.1|\[::1\])([:/]|$)"  # nobody can change the text
+REMOTE = ("s3", "gs", "gcs", "az", "hf", "hdfs")  # read through fsspec and a package of its own
 MAX_DOWNLOAD = 4 << 30  # bytes; the environment can set another limit
 LARGE = 10_000_000  # characters of a play that take noticeable time to generate
 TIMEOUT = 20  # seconds without an answer after which a download fails
-RUN_FOLDERS = ("lightning_logs", "checkpoints")  # a folder corpus leaves them out
 LINE = np.dtype([("end", "<i8"), ("nats", "<f8")])  # of a play: the offset after it, its cost
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, as the UTF-8 files whose concatenation it is.
+    """A text, as the documents of files.
 
     Args:
         name: what `find_corpus` finds it by.
-        paths: the files in order. A file that does not end with a line end is given one if
-            another file follows.
+        files: the files in order.
+        separator: stands between two documents. Without one, a document that does not end with a
+            line end is given one if another document follows.
         floor_path: the cost of each line (array of `LINE`) if the entropy of the text is known.
-        left_out: what a folder holds that is not part of the text, each as `NAME (REASON)`.
+        left_out: what a folder or archive holds that is not part of the text, each as
+            `NAME (REASON)`.
     """
 
     name: str
-    paths: tuple[Path, ...]
+    files: tuple[TextFile, ...]
+    separator: str = ""
     floor_path: Path | None = None
     left_out: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files on disk, without repetition."""
+        return tuple(dict.fromkeys(file.path for file in self.files))
 
     def chunks(self, size: int = 1 << 22) -> Iterator[str]:
         """The text in order, in pieces of about `size` characters; takes constant memory.
 
         Raises:
-            UserError: if a file is not UTF-8 text, or there is no character at all.
+            UserError: if a file cannot be read as text, or there is no character at all.
         """
-        last = ""
-        for path in self.paths:
-            separator = "" if last in ("", "\n") else "\n"
-            with path.open(encoding="utf-8-sig") as file:
-                try:
-                    while text := file.read(size):
-                        yield separator + text
-                        separator, last = "", text[-1]
-                except UnicodeDecodeError as error:
-                    message = f" is not UTF-8 text ({error.reason}); convert it to UTF-8"
-                    raise corpus_error(path, message) from None
+        return (text for _, text in self.counted_chunks(size))
+
+    def counted_chunks(self, size: int) -> Iterator[tuple[int, str]]:
+        """The same, and how many documents begin in each piece."""
+        documents, parts, length, last = 0, [], 0, ""
+        for begins, piece in read_documents(self.files, size):
+            if parts and length + len(piece) > size:
+                yield documents, "".join(parts)
+                documents, parts, length = 0, [], 0
+            if begins and last:
+                parts.append(self.separator or ("" if last == "\n" else "\n"))
+            parts.append(piece)
+            documents, length, last = documents + begins, length + len(piece), piece[-1]
         if not last:
             raise corpus_error(self.name, " is empty")
+        yield documents, "".join(parts)
 
     def sha256(self) -> str:
-        """Hex digest of the file's bytes, or, of several files, of their digests in order."""
+        """Hex digest of all that determines the text.
+
+        It is that of the file's bytes, or, of several files, of their digests in order. How the
+        files are read is part of it if that is not the default.
+        """
         digests = [file_sha256(path) for path in self.paths]
-        if len(digests) == 1:
+        how = [self.separator, *(file.how for file in self.files)]
+        if any(how):
+            digests.append(json.dumps(how))
+        elif len(digests) == 1:
             return digests[0]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -103,27 +135,50 @@ class Corpus:
         return float(np.diff(np.interp([start, stop], ends, sums))[0] / (stop - start))
 
 
-def find_corpus(name: str) -> Corpus:
+def find_corpus(
+    name: str, *, field: str | None = None, encoding: str = "utf-8", separator: str = ""
+) -> Corpus:
     """The corpus of this name (see the module's docstring), downloaded or generated if need be.
+
+    Args:
+        name: of the corpus.
+        field: of files with rows (.jsonl, .ndjson, .csv, .tsv), the field that is text; each row
+            is a document. Without it they are read as plain text.
+        encoding: of the files: a codec of Python, or "auto" to detect that of each file.
+        separator: the text between two documents; see `Corpus`.
 
     Raises:
         UserError: if there is no such corpus, or it cannot be read or downloaded.
     """
+    encoding = check_encoding(encoding)
     with file_errors(name):
         if name.partition(":")[0] == "playwright":
             return _playwright(name)
         if name == "tinyshakespeare":
             path = cache_dir() / "tinyshakespeare.txt"
             _download(name, TINYSHAKESPEARE_URL, path, TINYSHAKESPEARE_SHA256)
-            return Corpus(name, (path,))
-        if re.match("https?://", name, re.IGNORECASE):
-            return _from_url(name)
-        return _from_path(name)
+            return Corpus(name, (TextFile(path),))
+        if re.match(URL, name, re.IGNORECASE):
+            paths = [_from_url(name)]
+        else:
+            path = Path(os.path.abspath(os.path.expanduser(name)))
+            name, paths = str(path), _local_files(name, path)
+        files, reasons = find_text_files(paths, encoding, field)
+    folder = name if os.path.isdir(name) else os.path.commonpath([path.parent for path in paths])
+    left_out = tuple(f"{os.path.relpath(file, folder)} ({why})" for file, why in reasons.items())
+    if not files:
+        raise corpus_error(name, " has no text in it" + listed(": ", left_out))
+    if encoding == "auto":
+        _report_encodings(files)
+    return Corpus(name, tuple(files), separator, left_out=left_out)
 
 
-def corpus_error(name: object, message: str) -> UserError:
-    """The error whose message is `corpus=NAME` and `message`."""
-    return UserError(f"corpus={name}{message}")
+def _report_encodings(files: Sequence[TextFile]) -> None:
+    by_encoding: dict[str, list[str]] = {}
+    for file in files:
+        by_encoding.setdefault(file.encoding, []).append(str(file))
+    for encoding, names in by_encoding.items():
+        print(listed(f"encoding=auto found {encoding}: ", names), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -134,12 +189,6 @@ def file_errors(name: str) -> Iterator[None]:
     except OSError as error:
         path = error.filename or cache_dir()
         raise corpus_error(name, f": {path}: {error.strerror or error}") from error
-
-
-def listed(before: str, names: Sequence[str], most: int = 5) -> str:
-    """`before` and the first `most` of `names`, with the number of others; "" without names."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"{before}{', '.join(names[:most])}{more}" if names else ""
 
 
 def make_once(path: Path, make: Callable[[], object]) -> None:
@@ -153,52 +202,43 @@ def make_once(path: Path, make: Callable[[], object]) -> None:
 # --- files and folders ----------------------------------------------------------------------------
 
 
-def _from_path(name: str) -> Corpus:
-    path = Path(os.path.abspath(os.path.expanduser(name)))
-    if not name or not path.exists():
-        raise corpus_error(
-            name,
-            " is not found: it is playwright[:SEED[:CHARS]], tinyshakespeare, an https:// URL, or "
-            "the path of a file or folder"
-            + did_you_mean(name.lower(), ["playwright", "tinyshakespeare"]),
-        )
-    if path.is_dir():
-        return _from_folder(path)
-    if reason := _not_text(path):
-        raise corpus_error(path, f" is not a UTF-8 text file: it is {reason}")
-    return Corpus(str(path), (path,))
+def _local_files(name: str, path: Path) -> list[Path]:
+    """The files that `name`, whose absolute path is `path`, stands for, sorted."""
+    if name and path.is_dir():
+        return _below(path)
+    if name and path.exists():
+        return [path]
+    if paths := _matching(path):
+        return paths
+    raise corpus_error(
+        name,
+        " is not found: it is playwright[:SEED[:CHARS]], tinyshakespeare, an https:// or s3:// "
+        "URL, the path of a file or folder, or a pattern such as texts/**/*.md"
+        + did_you_mean(name.lower(), ["playwright", "tinyshakespeare"]),
+    )
 
 
-def _from_folder(folder: Path) -> Corpus:
+def _below(folder: Path) -> list[Path]:
     paths: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=_raise):  # does not follow links
         folders[:] = [name for name in folders if name[0] != "." and name not in RUN_FOLDERS]
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         paths += [Path(root, name) for name in [*names, *links] if name[0] != "."]
-    paths.sort(key=Path.as_posix)
-    reasons = {path: _not_text(path) for path in paths}
-    texts = tuple(path for path in paths if not reasons[path])
-    left_out = [f"{path.relative_to(folder)} ({r})" for path, r in reasons.items() if r]
-    if not texts:
-        raise corpus_error(folder, " has no text file in it" + listed("; left out: ", left_out))
-    return Corpus(str(folder), texts, left_out=tuple(left_out))
+    return sorted(paths, key=Path.as_posix)
 
 
 def _raise(error: OSError) -> NoReturn:
     raise error  # os.walk passes over a folder that it cannot read
 
 
-def _not_text(path: Path) -> str:
-    """Why this is not a UTF-8 text file, as far as its first bytes tell; "" if it is one."""
-    if path.is_dir():
-        return "a link to a folder"
-    if not path.is_file():
-        return "not a regular file"
-    with path.open("rb") as file:
-        head = file.read(8192)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16; convert it to UTF-8"
-    return "empty" if not head else "binary" if b"\0" in head else ""
+def _matching(pattern: Path) -> list[Path]:
+    """The files that a pattern matches, except hidden ones and those below folders as above."""
+    paths = []
+    for path in map(Path, glob.glob(str(pattern), recursive=True)):
+        found = [folder for folder in path.parents if folder not in pattern.parents]
+        if not path.is_dir() and not any(f.name in RUN_FOLDERS or f.is_symlink() for f in found):
+            paths.append(path)
+    return sorted(paths, key=Path.as_posix)
 
 
 # --- the embedded corpus --------------------------------------------------------------------------
@@ -233,26 +273,33 @@ def _playwright(name: str) -> Corpus:
                 floor_file.write(np.array((end, nats), LINE).tobytes())
 
     make_once(path, generate)
-    return Corpus(f"playwright:{seed}:{chars}", (path,), floor_path)
+    return Corpus(f"playwright:{seed}:{chars}", (TextFile(path),), floor_path=floor_path)
 
 
 # --- downloads ------------------------------------------------------------------------------------
 
 
-def _from_url(name: str) -> Corpus:
+def _from_url(name: str) -> Path:
     url, _, fragment = name.partition("#")
     digest = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
     if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
         raise corpus_error(name, ": #sha256= must be followed by 64 hex digits")
     if re.match("[^/]*//[^/?]*@", url):  # the name would be written to logs and checkpoints
         raise corpus_error("URL", ": a URL with a user name or a password is not accepted")
-    if not digest and not re.match(SECURE, url, re.IGNORECASE):
+    protocol = url.partition("://")[0].lower()
+    if protocol not in ("http", "https", *REMOTE) or (protocol in REMOTE and "::" in url):
+        known = ", ".join(f"{known}://" for known in ("https", *REMOTE))
+        raise corpus_error(name, f": URLs begin with one of {known}")
+    if protocol == "http" and not digest and not re.match(SECURE, url, re.IGNORECASE):
         advice = "plain http can be changed on the way; use https:// or add #sha256=HEX"
         raise corpus_error(name, f": {advice}")
+    kind, compression = split_suffixes(url.partition("?")[0])
+    if kind not in (".zip", *JSON_LINES, *TABLES):
+        kind = ".txt"
     # The checksum is part of the file's name, so a text that fails it is used by no other name.
-    path = cache_dir() / f"url-{hashlib.sha256(name.encode()).hexdigest()}.txt"
+    path = cache_dir() / f"url-{hashlib.sha256(name.encode()).hexdigest()}{kind}{compression}"
     _download(name, url, path, digest)
-    return Corpus(name, (path,))
+    return path
 
 
 def _download(name: str, url: str, path: Path, digest: str | None) -> None:
@@ -268,18 +315,33 @@ def _fetch(name: str, url: str, path: Path, digest: str | None) -> None:
     limit = os.environ.get("GPT_LIGHTNING_MAX_DOWNLOAD", str(MAX_DOWNLOAD))
     if not limit.isdecimal():
         raise UserError(f"GPT_LIGHTNING_MAX_DOWNLOAD={limit} must be a number of bytes")
-    url = quote(url, safe=string.punctuation)  # spaces and the like
     try:
-        with urlopen(url, timeout=TIMEOUT) as source, write_atomically(path) as file:
-            if not digest and not re.match(SECURE, source.url, re.IGNORECASE):
-                raise OSError(f"redirected to {source.url}, which others can change")
-            while block := source.read(1 << 20):
+        with write_atomically(path) as file:
+            for block in _blocks(url, digest):
                 file.write(block)
                 if file.tell() > int(limit):
                     raise OSError(f"larger than GPT_LIGHTNING_MAX_DOWNLOAD={limit} bytes")
-            if file.tell() != int(source.headers.get("Content-Length", file.tell())):
-                raise OSError("the connection ended early")
-    except (OSError, HTTPException) as error:
-        reason = f"{type(error).__name__}: {error}"[:300]  # may quote the server
+    except Exception as error:  # each package behind fsspec has types of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # may quote the server
         advice = f"run again, or save the file as {path}"
         raise corpus_error(name, f": download failed ({reason}); {advice}") from error
+
+
+def _blocks(url: str, digest: str | None) -> Iterator[bytes]:
+    """The content of a URL."""
+    if not url.lower().startswith("http"):
+        import fsspec
+
+        with fsspec.open(url, "rb") as source:
+            yield from iter(lambda: source.read(1 << 20), b"")
+        return
+    url = quote(url, safe=string.punctuation)  # spaces and the like
+    with urlopen(url, timeout=TIMEOUT) as source:
+        if not digest and not re.match(SECURE, source.url, re.IGNORECASE):
+            raise OSError(f"redirected to {source.url}, which others can change")
+        size = 0
+        while block := source.read(1 << 20):
+            size += len(block)
+            yield block
+        if size != int(source.headers.get("Content-Length", size)):
+            raise OSError("the connection ended early")

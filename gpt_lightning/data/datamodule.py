@@ -7,13 +7,16 @@
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from gpt_lightning.data.corpus import corpus_error, find_corpus
+from gpt_lightning.data.corpus import Corpus, corpus_error, find_corpus
+from gpt_lightning.data.documents import JSON_LINES, TABLES
 from gpt_lightning.data.tokenizers import KINDS, UNKNOWN, choose
 from gpt_lightning.data.tokens import TokenFile, prepare_tokens
 from gpt_lightning.data.windows import (
@@ -42,6 +45,15 @@ def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
     return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Name this setting, not `corpus`, in the message of an error about a corpus."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("corpus=", f"{setting}=", 1)) from error
+
+
 class Loader:
     """An iterable of batches, for a Trainer or a plain loop.
 
@@ -53,10 +65,14 @@ class Loader:
         self.data = data
 
     def __iter__(self) -> Iterator[Batch]:
-        tokens, pin = self.data.tokens, self.data.device_type == "cuda"
+        tokens, pin = self.tokens(), self.data.device_type == "cuda"
         for starts, length in self.places():
             x, y = gather(tokens, starts, length)
             yield (x.pin_memory(), y.pin_memory()) if pin else (x, y)
+
+    def tokens(self) -> np.ndarray:
+        """The ids that the windows are of."""
+        return self.data.tokens
 
     # Lightning warns when a run resumes with loaders that lack these two.
     def state_dict(self) -> dict:
@@ -97,6 +113,9 @@ class ExactLoader(Loader):
         batches = exact_batches(data.val_spans, data.hparams.block_size, batch_size)
         self.batches = list(batches)[rank::world_size]
 
+    def tokens(self) -> np.ndarray:
+        return self.data.val_ids
+
     def places(self) -> Iterator[tuple[np.ndarray, int]]:
         for start, count, length in self.batches:
             yield start + length * np.arange(count), length
@@ -110,8 +129,18 @@ class TextDataModule(LightningDataModule):
 
     Args:
         corpus: `playwright` (the embedded corpus; `playwright:SEED:CHARS` generates another),
-            `tinyshakespeare`, a text file, a folder of text files, or a URL.
-        tokenizer: `char` (the lecture's: sorted distinct characters) or `byte` (UTF-8).
+            `tinyshakespeare`, a file, a folder of files, a pattern such as `texts/**/*.md`, or a
+            URL. See docs/data.md for the formats.
+        val_corpus: a text of its own for validation: all of `corpus` is then training text, and
+            `split` and `val_fraction` are not used.
+        test_corpus: the text that `test` scores; the validation text by default.
+        field: of .jsonl, .ndjson, .csv and .tsv files, the field whose text is read; each row is a
+            document. Without it these files are read as plain text.
+        encoding: of the files: a codec of Python, or `auto` to detect it file by file.
+        separator: text between two documents (files, rows). Without one, a document that does not
+            end with a newline gets one.
+        tokenizer: `char` (the lecture's: sorted distinct characters), `byte` (UTF-8), `word` or
+            `bpe` (byte pair encoding; needs the package tokenizers).
         block_size: T, the longest context in tokens.
         batch_size: B, windows per batch in each process.
         sampling: `sliding` (every window once an epoch, shuffled, with a new phase) or `random`
@@ -120,17 +149,25 @@ class TextDataModule(LightningDataModule):
         split: `tail` holds out the end (the lecture's last 10%), `blocks` pieces throughout.
         val_fraction: share of the text that is held out; 1 to validate on all of it.
         max_val_tokens: validate on the first held-out tokens only; on all by default.
-        unknown: characters that the vocabulary lacks: `error`, `drop` or `replace`.
-        vocabulary: the characters of the vocabulary; those of the text by default.
-        min_count: how often a character must occur to be in the vocabulary of the text.
+        unknown: characters that the vocabulary lacks: `error`, `drop` or `replace`. When not
+            given: `replace` if min_count is above 1, else `error`.
+        vocabulary: the characters of the vocabulary (for `word` and `bpe`: the string in their
+            state); made from the text by default.
+        vocabulary_corpus: another corpus to make the vocabulary from.
+        min_count: how often a character must occur to be in the vocabulary of the text. U+FFFD
+            replaces the others.
+        max_vocab_size: largest number of tokens of `word` and `bpe`; 1000 when not given.
         overfit_batches: train on the first batches only, again and again; 0 for all.
         seed: chooses the order of the windows.
 
     Attributes (after `setup`):
         corpus, corpus_sha256: the text and the digest of its content.
         tokens: (N,) ids of the whole text, memory-mapped, in the smallest unsigned type that fits.
+        val_text, val_ids: corpus and ids of the text that is validated; `corpus` and `tokens`
+            unless `val_corpus` is given. After `setup("test")` those of `test_corpus`.
         tokenizer, vocab_size: of this text.
-        train_spans, val_spans: lists of (start, stop) in tokens; val_spans of what is validated.
+        train_spans, val_spans: lists of (start, stop), of training text in `tokens` and of
+            validation text in `val_ids`.
         windows: where training windows start.
 
     Raises:
@@ -141,7 +178,12 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         corpus: str = "playwright",
-        tokenizer: Literal["char", "byte"] = "char",
+        val_corpus: str | None = None,
+        test_corpus: str | None = None,
+        field: str | None = None,
+        encoding: str = "utf-8",
+        separator: str = "",
+        tokenizer: Literal["char", "byte", "word", "bpe"] = "char",
         block_size: int = 128,
         batch_size: int = 16,
         sampling: Literal["sliding", "random"] = "sliding",
@@ -149,9 +191,11 @@ class TextDataModule(LightningDataModule):
         split: Literal["tail", "blocks"] = "tail",
         val_fraction: float = 0.1,
         max_val_tokens: int | None = None,
-        unknown: Literal["error", "drop", "replace"] = "error",
+        unknown: Literal["error", "drop", "replace"] | None = None,
         vocabulary: str | None = None,
+        vocabulary_corpus: str | None = None,
         min_count: int = 1,
+        max_vocab_size: int | None = None,
         overfit_batches: int = 0,
         seed: int = 1337,
     ):
@@ -160,12 +204,14 @@ class TextDataModule(LightningDataModule):
         choose("tokenizer", tokenizer, KINDS)
         choose("sampling", sampling, SAMPLING)
         choose("split", split, SPLITS)
-        choose("unknown", unknown, UNKNOWN)
+        if unknown is not None:
+            choose("unknown", unknown, UNKNOWN)
         for field, value, least in (
             ("block_size", block_size, 1),
             ("batch_size", batch_size, 1),
             ("stride", stride, 1),
             ("min_count", min_count, 1),
+            ("max_vocab_size", max_vocab_size, 1),
             ("overfit_batches", overfit_batches, 0),
             ("max_val_tokens", max_val_tokens, block_size + 1),
         ):
@@ -174,30 +220,68 @@ class TextDataModule(LightningDataModule):
         if not 0 < val_fraction <= 1:
             raise UserError(f"val_fraction={val_fraction} must be above 0 and at most 1")
         self.token_file: TokenFile | None = None
+        self.held_out: dict[str, tuple[Corpus, TokenFile]] = {}  # by setting
+        self.val_text: Corpus | None = None
         self.windows: SlidingWindows | RandomWindows
 
     def __getstate__(self) -> dict:
         """What a process that is started by `spawn` receives: the path of the ids, not the ids."""
-        return {name: value for name, value in vars(self).items() if name != "tokens"}
+        return {k: v for k, v in vars(self).items() if k not in ("tokens", "val_ids")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if "val_spans" in state:  # it was set up
-            self.tokens = self.token_file.open()
+            self.tokens, self.val_ids = self.token_file.open(), self.val_file.open()
 
     # --- Lightning's hooks ------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Find or download the text and encode it into the cache; a second call does nothing."""
-        if self.token_file is None:
-            hp = self.hparams
-            self.corpus = find_corpus(hp.corpus)
-            self.token_file = prepare_tokens(
-                self.corpus, hp.tokenizer, hp.unknown, hp.vocabulary, hp.min_count
+        if self.token_file is not None:
+            return
+        hp, source = self.hparams, None
+        self.corpus = self._find("corpus")
+        if hp.field is not None and not any(file.field for file in self.corpus.files):
+            kinds = ", ".join((*JSON_LINES, *TABLES))
+            raise UserError(
+                f"field={hp.field} is for files that end in {kinds}; corpus={self.corpus.name} has "
+                "none"
+            )
+        if hp.vocabulary is None and hp.vocabulary_corpus is not None:
+            source = self._find("vocabulary_corpus")
+        token_file = prepare_tokens(
+            self.corpus,
+            hp.tokenizer,
+            hp.unknown,
+            hp.vocabulary,
+            hp.min_count,
+            hp.max_vocab_size,
+            source,
+        )
+        vocabulary = token_file.tokenizer.state().get("vocabulary")
+        for setting in ("val_corpus", "test_corpus"):
+            if hp[setting] is not None:
+                corpus = self._find(setting)
+                with _named(setting):
+                    file = prepare_tokens(
+                        corpus, hp.tokenizer, hp.unknown, vocabulary, hp.min_count
+                    )
+                self.held_out[setting] = corpus, file
+        self.token_file = token_file
+
+    def _find(self, setting: str) -> Corpus:
+        """The corpus that a setting names."""
+        hp = self.hparams
+        with _named(setting):
+            return find_corpus(
+                hp[setting], field=hp.field, encoding=hp.encoding, separator=hp.separator
             )
 
     def setup(self, stage: str | None = None) -> None:
-        """Set the attributes; training windows only if `stage` is "fit" or None."""
+        """Set the attributes; training windows only if `stage` is "fit" or None.
+
+        With `stage="test"` the validation text is `test_corpus`, if there is one.
+        """
         self.prepare_data()  # finds the files in the cache if another process has made them
         hp = self.hparams
         self.corpus_sha256 = self.token_file.corpus_sha256
@@ -205,7 +289,15 @@ class TextDataModule(LightningDataModule):
         self.vocab_size = self.tokenizer.vocab_size
         if not hasattr(self, "tokens"):  # the file may have been removed from the cache since
             self.tokens = self.token_file.open()
+        own = hp.test_corpus is not None and stage == "test"
+        setting = "test_corpus" if own else "val_corpus"
+        text, file = self.held_out.get(setting, (self.corpus, self.token_file))
+        if self.val_text is not text:
+            self.val_text, self.val_file, self.val_ids = text, file, file.open()
+            vars(self).pop("val_characters", None)  # of another text
         self.train_spans, self.val_spans = self._split(hp.block_size)
+        if self.val_tokens < 1 and text is not self.corpus:
+            raise UserError(f"{setting}={text.name} has {len(self.val_ids):,} tokens, too few")
         if self.val_tokens < 1:
             raise corpus_error(
                 self.corpus.name,
@@ -214,7 +306,7 @@ class TextDataModule(LightningDataModule):
             )
         if stage not in (None, "fit"):
             return
-        if hp.val_fraction == 1:
+        if hp.val_fraction == 1 and hp.val_corpus is None:
             raise UserError("val_fraction=1 leaves no text to train on; it is for validate")
         self.windows = self._windows(hp.block_size)
         if self._largest_batch(hp.block_size) < hp.batch_size:
@@ -225,14 +317,23 @@ class TextDataModule(LightningDataModule):
                 block_size //= 2
             raise UserError(
                 f"block_size={hp.block_size} with batch_size={hp.batch_size} is too large for a "
-                f"text of {len(self.tokens):,} tokens with val_fraction={hp.val_fraction}; {sizes}"
-                "give more text"
+                f"text of {len(self.tokens):,} tokens with {self._held_out_by()}; {sizes}give more "
+                "text"
             )
 
     def _split(self, block_size: int) -> tuple[list[Span], list[Span]]:
         hp = self.hparams
         train, val = split_spans(len(self.tokens), hp.split, hp.val_fraction, block_size)
+        if hp.val_corpus is not None:
+            train = [(0, len(self.tokens))]
+        if self.val_text is not self.corpus:
+            val = [(0, len(self.val_ids))]
         return train, val if hp.max_val_tokens is None else first_tokens(val, hp.max_val_tokens)
+
+    def _held_out_by(self) -> str:
+        if self.hparams.val_corpus is None:
+            return f"val_fraction={self.hparams.val_fraction}"
+        return f"val_corpus={self.val_text.name} of {len(self.val_ids):,} tokens"
 
     def _windows(self, block_size: int) -> SlidingWindows | RandomWindows:
         """The training windows of this size."""
@@ -254,13 +355,19 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> ExactLoader:
         self.setup("validate")
+        return self._exact_loader()
+
+    def _exact_loader(self) -> ExactLoader:
         T, B = self.hparams.block_size, self.hparams.batch_size
         # Without gradients a batch needs less memory; the logits (B, T, V) bound it.
         tokens = VAL_TOKENS_CPU if self.device_type == "cpu" else VAL_TOKENS
         tokens = min(tokens, VAL_LOGITS // self.vocab_size)
         return ExactLoader(self, max(B, min(16 * B, tokens // T)))
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> ExactLoader:
+        self.setup("test")
+        return self._exact_loader()
+
     predict_dataloader = val_dataloader
 
     # --- what the rest of the package asks --------------------------------------------------------
@@ -277,20 +384,28 @@ class TextDataModule(LightningDataModule):
 
     @property
     def val_floor(self) -> float | None:
-        """Nats per character that no model can beat on the validation text, if known.
-
-        A token of the embedded corpus is a character with either tokenizer: the text is ASCII.
-        """
-        costs = [self.corpus.floor(start + 1, stop) for start, stop in self.val_spans]
-        if None in costs or self.hparams.unknown != "error":
+        """Nats per character that no model can beat on the validation text, if known."""
+        hp, count = self.hparams, self.tokenizer.count_characters
+        if (
+            self.val_text.floor_path is None
+            or hp.min_count > 1
+            or hp.unknown in ("drop", "replace")
+        ):
             return None
-        return float(np.average(costs, weights=[b - a - 1 for a, b in self.val_spans]))
+        spans = [[count(self.val_ids[:n]) for n in (a + 1, b)] for a, b in self.val_spans]
+        costs = [self.val_text.floor(*characters) for characters in spans]
+        return float(np.average(costs, weights=[b - a for a, b in spans]))
+
+    @cached_property
+    def val_characters(self) -> int:
+        """Characters that the validation loss predicts: those that begin in the tokens."""
+        spans = [self.val_ids[start + 1 : stop] for start, stop in self.val_spans]
+        return sum(self.tokenizer.count_characters(ids) for ids in spans)
 
     @property
-    def val_characters(self) -> int:
-        """Characters that the validation loss predicts; for bytes fewer than tokens."""
-        spans = [self.tokens[start + 1 : stop] for start, stop in self.val_spans]
-        return sum(self.tokenizer.count_characters(ids) for ids in spans)
+    def tokens_per_character(self) -> float:
+        """Of the validation text: turns nats per token into nats per character."""
+        return self.val_tokens / self.val_characters
 
     @property
     def val_tokens(self) -> int:
@@ -303,12 +418,15 @@ class TextDataModule(LightningDataModule):
         return max(1, steps) * accumulate
 
     def estimator_batches(
-        self, spans: list[Span], n: int, rank: int, world: int
+        self, part: Literal["train", "val"], n: int, rank: int, world: int
     ) -> Iterator[Batch]:
         """`n` random batches for the lecture's `estimate_loss`, divided among the ranks."""
         hp = self.hparams
+        tokens, spans = self.tokens, self.train_spans
+        if part == "val":
+            tokens, spans = self.val_ids, self.val_spans
         source = RandomWindows(spans, hp.block_size, hp.seed)
         for i in range(rank, n, world):
             # far beyond the numbers of training windows, so that no batch of training is repeated
             numbers = np.arange(i * hp.batch_size, (i + 1) * hp.batch_size) + (1 << 48)
-            yield gather(self.tokens, source.starts(numbers), hp.block_size)
+            yield gather(tokens, source.starts(numbers), hp.block_size)

@@ -1,21 +1,51 @@
-"""Tokenizers: text to token ids and back, one character or one UTF-8 byte per token.
+"""Tokenizers: text to token ids and back; a token is a character, a byte, a word or a subword.
 
-Both classes have the same interface and need only numpy, so that generation starts quickly.
-`state()` is what a checkpoint stores; `tokenizer_from_state` makes the same tokenizer from it.
+Characters and bytes are here, words in `words`, subwords in `bpe`, which alone needs the package
+tokenizers. A checkpoint stores `state()`; `tokenizer_from_state` makes the same tokenizer again. A
+checkpoint may come from anyone, so every constructor checks its vocabulary.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from gpt_lightning.errors import UserError, did_you_mean
 
-KINDS = ("char", "byte")
+KINDS = ("char", "byte", "word", "bpe")
 UNKNOWN = ("error", "drop", "replace")
-REPLACEMENTS = "\N{REPLACEMENT CHARACTER}? \n"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENTS = f"{REPLACEMENT}? \n"
+PIECE = 1 << 22  # tokens that are counted at a time
+
+
+class Tokenizer(Protocol):
+    """What each tokenizer has."""
+
+    kind: str  # one of KINDS
+    vocab_size: int
+    dtype: np.dtype  # the smallest unsigned integer type that holds the ids
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`: (T,) of `dtype`."""
+
+    def decode(self, ids) -> str:
+        """The text of `ids` (array or list)."""
+
+    def stream_decoder(self) -> Callable[[int | None], str]:
+        """A function from one id to the text that it completes; None marks the end of the text."""
+
+    def count_characters(self, ids) -> int:
+        """The number of characters that begin in `ids`; takes constant memory."""
+
+    def bytes_of_tokens(self) -> list[bytes]:
+        """The UTF-8 bytes of each token."""
+
+    def state(self) -> dict:
+        """Plain types, from which `tokenizer_from_state` makes the tokenizer again."""
 
 
 def choose(field: str, value: str, choices: Sequence[str]) -> str:
@@ -29,6 +59,26 @@ def choose(field: str, value: str, choices: Sequence[str]) -> str:
 def _code_points(text: str) -> np.ndarray:
     """(T,) uint32: the code points of `text`, lone surrogates included."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def pieces_of(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """The parts of a memory map that are counted one after the other, in constant memory."""
+    return (ids[start : start + PIECE] for start in range(0, len(ids), PIECE))
+
+
+def character_counts(chunks: Iterable[str], most: int) -> dict[str, int]:
+    """How often each character of a text occurs, up to `most`, in the order of code points."""
+    counts = np.zeros(0x110000, np.uint32)
+    is_full = np.zeros(0x110000, bool)
+    for chunk in chunks:
+        codes = _code_points(chunk)
+        # this check is cheaper than to count, and rarely finds a character that is not full
+        if not is_full.take(codes).all():
+            found = np.bincount(codes)
+            part = slice(len(found))
+            counts[part] = np.minimum(counts[part] + found, most)
+            is_full[part] = counts[part] == most
+    return {chr(code): int(counts[code]) for code in np.flatnonzero(counts).tolist()}
 
 
 class CharTokenizer:
@@ -58,26 +108,17 @@ class CharTokenizer:
         self._table[self._codes] = np.arange(self.vocab_size)
 
     @classmethod
-    def train(
-        cls, chunks: Iterable[str], unknown: str = "error", min_count: int = 1
-    ) -> CharTokenizer:
-        """The tokenizer of the sorted distinct characters of a text, given in chunks.
+    def train(cls, chunks: Iterable[str], unknown: str = "error") -> CharTokenizer:
+        """The tokenizer of the sorted distinct characters of a text, given in chunks."""
+        return cls("".join(character_counts(chunks, 1)), unknown)
 
-        Characters that occur less than `min_count` times are left out.
-        """
-        counts = np.zeros(0x110000, np.uint32)  # up to min_count
-        for chunk in chunks:
-            codes = _code_points(chunk)
-            # a check of all is cheaper than to count them, and rarely finds a new one
-            if min_count > 1 or not counts.take(codes).all():
-                found = np.bincount(codes)
-                counts[: len(found)] = np.minimum(counts[: len(found)] + found, min_count)
-        if counts.max() < min_count:
-            raise UserError(f"min_count={min_count} is more often than any character occurs")
-        return cls("".join(map(chr, np.flatnonzero(counts >= min_count).tolist())), unknown)
+    def with_characters(self, characters: str) -> CharTokenizer:
+        """The tokenizer that also knows these characters; new ones follow its vocabulary."""
+        new = sorted(set(characters) - set(self.vocabulary))
+        return CharTokenizer(self.vocabulary + "".join(new), self.unknown)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`: (T,) of `dtype`, the smallest unsigned integer type that fits.
+        """The ids of `text`: (T,) of `dtype`.
 
         Raises:
             UserError: for an unknown character, unless it is dropped or replaced.
@@ -114,6 +155,9 @@ class CharTokenizer:
         """The number of characters in the text of `ids`."""
         return len(ids)
 
+    def bytes_of_tokens(self) -> list[bytes]:
+        return [character.encode("utf-8", "surrogatepass") for character in self.vocabulary]
+
     def state(self) -> dict:
         """Plain types, from which `tokenizer_from_state` makes the tokenizer again."""
         return {"kind": self.kind, "vocabulary": self.vocabulary}
@@ -146,21 +190,31 @@ class ByteTokenizer:
 
     def count_characters(self, ids) -> int:
         """The number of characters that begin in `ids`: all bytes but continuation bytes."""
-        pieces = np.array_split(ids, len(ids) // (1 << 22) + 1)  # constant memory
-        return sum(int(np.count_nonzero((piece & 0xC0) != 0x80)) for piece in pieces)
+        return sum(int(np.count_nonzero((piece & 0xC0) != 0x80)) for piece in pieces_of(ids))
+
+    def bytes_of_tokens(self) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)]
 
     def state(self) -> dict:
         return {"kind": self.kind}
 
 
-Tokenizer = CharTokenizer | ByteTokenizer
-
-
 def tokenizer_from_state(state: dict, unknown: str = "error") -> Tokenizer:
     """The tokenizer with this `state()`; UserError if it is not the state of one."""
     kind = state.get("kind") if isinstance(state, dict) else None
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "char":
-        return CharTokenizer(state.get("vocabulary", ""), unknown)
-    raise UserError(f"not the state of a tokenizer: {str(state)[:60]!r}")
+    if kind not in KINDS:
+        raise UserError(f"not the state of a tokenizer: {str(state)[:60]!r}")
+    return build_tokenizer(kind, state.get("vocabulary", ""), unknown)
+
+
+def build_tokenizer(kind: str, vocabulary: str, unknown: str = "error") -> Tokenizer:
+    """The tokenizer of one of `KINDS` with this vocabulary, which "byte" does not use."""
+    if kind == "word":
+        from gpt_lightning.data.words import WordTokenizer
+
+        return WordTokenizer(vocabulary, unknown)
+    if kind == "bpe":
+        from gpt_lightning.data.bpe import BPETokenizer
+
+        return BPETokenizer(vocabulary)
+    return ByteTokenizer() if kind == "byte" else CharTokenizer(vocabulary, unknown)

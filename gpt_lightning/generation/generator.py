@@ -1,24 +1,27 @@
-"""Text from a model: prefill, cached decoding, streaming, stop strings.
+"""Text from a model: token ids in, token ids out, or text in, text out.
 
 `generate` works on token ids; `TextGenerator` puts a tokenizer around it.
 
 Legend: B samples, T tokens of the prompt, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from gpt_lightning.checkpoint import model_and_tokenizer, read_checkpoint
-from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
+from gpt_lightning.checkpoint import KEY, model_and_tokenizer, read_checkpoint
+from gpt_lightning.data.tokenizers import CharTokenizer, Tokenizer
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.quantize import quantize
-from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.generation.step_graphs import StepGraphs
-from gpt_lightning.model.attention import KVCache
+from gpt_lightning.generation.sampling import NOT_FINITE, Sampling
+from gpt_lightning.generation.scoring import Score, predictions, total
+from gpt_lightning.generation.steps import GraphSteps, Steps
+from gpt_lightning.generation.strings import BannedStrings, StopStrings
 
 
 @torch.inference_mode()
@@ -28,62 +31,55 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,
-    stop: Sequence[Sequence[int]] = (),
-) -> Iterator[list[int | None]]:
+    banned: BannedStrings | None = None,
+) -> Iterator[list[int]]:
     """Continue B prompts; yield each step's B new ids as soon as they are drawn.
-
-    The model sees a window of at most `block_size` tokens. A full window restarts with its last
-    three quarters, so that keys and values are computed again once in `block_size / 4` tokens.
-    (The lecture moves its window by one token and computes all of it for every token.)
 
     Args:
         model: (ids (B, T), cache) -> logits (B, T, V). It is in eval mode meanwhile.
         ids: (B, T) int64, T at least 1; the last `block_size` tokens count.
-        max_new_tokens: largest number of steps.
+        max_new_tokens: number of steps.
         sampling: how tokens are drawn.
         generator: a CPU generator; its seed decides the text.
-        stop: token sequences that end a sample.
-
-    Yields:
-        B ids, None for samples that have ended, until all have.
+        banned: strings that must not occur in the new texts.
 
     Raises:
-        UserError: if the model's logits are not finite.
+        UserError: if the model's logits are not finite, or all tokens are banned.
     """
+    device = next(model.parameters()).device
+    mask = None if banned is None else banned.mask().to(device)
     was_training = model.training
     model.eval()
-    block_size = model.config.block_size
-    window = ids[:, -block_size:].to(next(model.parameters()).device)  # (B, T)
-    cache = KVCache(block_size)
-    graphs = StepGraphs(model, cache, window) if window.device.type == "cuda" else None
-    stop = [list(sequence) for sequence in stop]
-    generated: list[list[int]] = [[] for _ in range(ids.shape[0])]
-    ended = [False] * len(generated)
+    steps = (GraphSteps if device.type == "cuda" else Steps)(model, ids, sampling, mask)
     try:
-        for _ in range(max_new_tokens):
-            logits = graphs(window) if graphs else model(window, cache)[:, -1]  # (B, V)
-            new = sampling.sample(logits, generator)  # (B,)
-            if window.shape[1] == block_size:
-                window = window[:, block_size - block_size * 3 // 4 :]
-                cache.length = 0
-            window = torch.cat([window, new.to(window.device)[:, None]], dim=1)
-            step = [None if end else i for end, i in zip(ended, new.tolist(), strict=True)]
-            for row, i in enumerate(step):
-                if i is not None:
-                    generated[row].append(i)
-                    ended[row] = any(generated[row][-len(s) :] == s for s in stop)
-            yield step
-            if all(ended):
-                return
+        for uniform in islice(uniforms(len(ids), generator, device), max_new_tokens):
+            if banned is not None and mask is not None:
+                mask.copy_(banned.mask())
+            new = steps(uniform).tolist()
+            if -1 in new:
+                raise UserError(NOT_FINITE)
+            yield new
+            if banned is not None:
+                banned.add(new)
     finally:
         model.train(was_training)
 
 
-class TextGenerator:
-    """A model with its tokenizer: text in, text out."""
+def uniforms(B: int, generator: torch.Generator, device: torch.device) -> Iterator[torch.Tensor]:
+    """Random numbers (B,) for one step after the other, drawn for many steps at once."""
+    while True:
+        yield from torch.rand(256, B, generator=generator).to(device)
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+
+class TextGenerator:
+    """A model with its tokenizer: text in, text out.
+
+    Args:
+        start: what an empty prompt continues, if the tokenizer knows its characters.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, start: str = "\n"):
+        self.model, self.tokenizer, self.start = model, tokenizer, start
 
     @classmethod
     def load(
@@ -102,8 +98,38 @@ class TextGenerator:
         Raises:
             UserError: for a file that is not an intact checkpoint, or an unknown precision.
         """
-        model, tokenizer = model_and_tokenizer(read_checkpoint(path), path, unknown)
-        return cls(quantize(model.to(device).eval(), precision), tokenizer)
+        return cls.from_checkpoint(read_checkpoint(path), path, device, precision, unknown)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: dict[str, Any],
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+        unknown: str = "error",
+    ) -> "TextGenerator":
+        """The same from the checkpoint that `read_checkpoint` has read from `path`."""
+        model, tokenizer = model_and_tokenizer(checkpoint, path, unknown)
+        settings = checkpoint[KEY]["settings"] or {}
+        separator = settings.get("data", {}).get("separator")
+        start = separator if isinstance(separator, str) and separator else "\n"
+        return cls(quantize(model.to(device).eval(), precision), tokenizer, start)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The token ids of a prompt; of an empty one those of `start`, or else the first id.
+
+        Raises:
+            UserError: for an unknown character.
+        """
+        try:
+            ids = self.tokenizer.encode(prompt).tolist()
+        except UserError as error:
+            raise UserError(f"prompt: {error}") from error
+        if not ids:
+            with suppress(UserError):  # its characters are not in the vocabulary
+                ids = self.tokenizer.encode(self.start).tolist()
+        return ids or [0]
 
     def stream(
         self,
@@ -114,49 +140,54 @@ class TextGenerator:
         seed: int = 1337,
         num_samples: int = 1,
         stop: Sequence[str] = (),
+        ban: Sequence[str] = (),
     ) -> Iterator[list[str]]:
         """Continue `prompt`; yield the new text of each sample, token by token.
 
         Args:
-            prompt: text to continue; it is not yielded. An empty prompt starts a new line, as in
-                the lecture.
-            max_new_tokens: largest number of tokens (characters or bytes) to generate.
+            prompt: text to continue; it is not yielded. An empty prompt starts a new document if
+                the checkpoint's texts had a separator, otherwise a new line, as in the lecture.
+            max_new_tokens: largest number of tokens to generate.
             sampling: how tokens are drawn; by default from the model's own probabilities.
             seed: the same seed gives the same text.
             num_samples: B, number of texts to generate in parallel.
-            stop: strings that end a sample.
+            stop: strings that end a sample, which includes the string.
+            ban: strings that do not occur in the new text; a token that would complete one gets
+                probability 0.
 
         Yields:
             B strings; a sample that has ended, or whose character is not complete, adds "".
 
         Raises:
-            UserError: for an unknown character in `prompt` or `stop`, a setting out of range, or a
-                model whose logits are not finite.
+            UserError: for an unknown character in `prompt` or `stop`, a setting out of range, a
+                model whose logits are not finite, or if all tokens are banned.
         """
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed} must be 0 or more and below 2**63")
-        stop = [stop] if isinstance(stop, str) else stop
-        if "" in stop:
-            raise UserError("stop='' must have at least one character")
-        ids = self._encode(prompt, "prompt")
-        if not ids:
-            with suppress(UserError):  # a vocabulary without a line break
-                ids = self._encode("\n", "prompt")
-        stop_ids = [self._encode_stop(text) for text in stop]
+        stop, ban = ([given] if isinstance(given, str) else given for given in (stop, ban))
+        for name, strings in (("stop", stop), ("ban", ban)):
+            if "" in strings:
+                raise UserError(f"{name}='' must have at least one character")
+        self._check_stop(stop)
+        tokens = self.tokenizer.bytes_of_tokens() if ban else []
         steps = generate(
             self.model,
-            torch.tensor([ids or [0]] * num_samples),
+            torch.tensor([self.encode_prompt(prompt)] * num_samples),
             max_new_tokens,
             sampling or Sampling(),
             torch.Generator().manual_seed(seed),
-            stop_ids,
+            BannedStrings(ban, tokens, num_samples) if ban else None,
         )
-        decoders = [self.tokenizer.stream_decoder() for _ in range(num_samples)]
-        for step in steps:
-            yield ["" if i is None else decode(i) for decode, i in zip(decoders, step, strict=True)]
+        plain = [self.tokenizer.stream_decoder() for _ in range(num_samples)]
+        stops = [StopStrings(decode, stop) for decode in plain] if stop else []
+        decoders: Sequence[Callable[[int | None], str]] = stops or plain
+        for new in steps:
+            yield [decode(i) for decode, i in zip(decoders, new, strict=True)]
+            if stops and all(text.ended for text in stops):
+                break
         yield [decode(None) for decode in decoders]  # a character whose bytes are incomplete
 
     def generate(
@@ -168,6 +199,7 @@ class TextGenerator:
         seed: int = 1337,
         num_samples: int = 1,
         stop: Sequence[str] = (),
+        ban: Sequence[str] = (),
     ) -> list[str]:
         """The complete texts of `stream`, with the prompt: `num_samples` strings."""
         steps = self.stream(
@@ -177,19 +209,27 @@ class TextGenerator:
             seed=seed,
             num_samples=num_samples,
             stop=stop,
+            ban=ban,
         )
         return [prompt + "".join(pieces) for pieces in zip(*steps, strict=True)]
 
-    def _encode(self, text: str, field: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text).tolist()
-        except UserError as error:
-            raise UserError(f"{field}: {error}") from error
+    def score(self, text: str, stride: int | None = None) -> Score:
+        """What `text` costs the model, of which the first token is not predicted.
 
-    def _encode_stop(self, text: str) -> list[int]:
-        """The ids of a stop string; `unknown` does not apply, or another text would end samples."""
-        try:
-            return tokenizer_from_state(self.tokenizer.state()).encode(text).tolist()
-        except UserError as error:
-            message = "has a character that is not in the vocabulary, so it never occurs"
-            raise UserError(f"stop={text!r} {message}") from error
+        Args:
+            stride: distance of overlapping windows; without it they do not overlap.
+
+        Raises:
+            UserError: for an unknown character, or a text of less than two characters.
+        """
+        ids = self.tokenizer.encode(text)
+        return total(predictions(self.model, ids, stride=stride), self.tokenizer)
+
+    def _check_stop(self, stop: Sequence[str]) -> None:
+        """Raise a UserError for a string that no text of characters in the vocabulary contains."""
+        if not isinstance(self.tokenizer, CharTokenizer):
+            return
+        for text in stop:
+            if not set(text) <= set(self.tokenizer.vocabulary):
+                message = "has a character that is not in the vocabulary, so it never occurs"
+                raise UserError(f"stop={text!r} {message}")

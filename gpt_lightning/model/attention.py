@@ -34,38 +34,51 @@ def causal_attention(
 class KVCache:
     """Stores the keys and values of earlier tokens, so that a model computes only the new tokens.
 
-    The caller passes the whole window and the cache to the model. The model skips the first
-    `length` tokens of the window, computes the others and adds their keys and values to the cache.
-    Each layer has keys and values (B, H, N, D), where N grows by `STEP`.
+    The caller passes the whole window and the cache to the model. The model computes the tokens
+    that `new_tokens` names, adds their keys and values to the cache and sets `length`. Each layer
+    has keys and values (B, H, N, D), where N grows by `STEP`.
 
     Attributes:
         length: number of tokens whose keys and values are stored.
+        position: (1,) where the only new token is, as a tensor; None: the new tokens are all after
+            the first `length`. With it, shapes and addresses are the same for every token, as a
+            CUDA graph needs; the window is then block_size long, and what follows the new token
+            in it has no effect.
     """
 
     def __init__(self, block_size: int):
-        self.block_size, self.length = block_size, 0
+        self.block_size, self.length, self.size = block_size, 0, 0
+        self.position: torch.Tensor | None = None
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def new_tokens(self, ids: torch.Tensor) -> slice | torch.Tensor:
+        """The index of the new tokens on the time axis of the window ids (B, T)."""
+        T = ids.shape[1]
+        self.new = slice(self.length, T) if self.position is None else self.position
+        # A CUDA graph needs keys that stay where they are.
+        grown = self.block_size if ids.device.type == "cuda" else -(-T // STEP) * STEP
+        self.size = max(self.size, min(grown, self.block_size))  # N
+        positions = torch.arange(self.size, device=ids.device)
+        self.future = positions > positions[self.new][:, None]  # (n, N)
+        return self.new
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Store k and v (B, H, n, D) of the new tokens; attend from q to all tokens so far."""
-        start, stop = self.length, self.length + k.shape[2]
-        keys, values = self._grown(layer, k, stop)
-        keys[:, :, start:stop] = k
-        values[:, :, start:stop] = v
-        if start == 0:
+        keys, values = self._grown(layer, k)
+        keys[:, :, self.new] = k.type_as(keys)
+        values[:, :, self.new] = v.type_as(values)
+        if self.length == 0:
             return causal_attention(q, k, v, scale)
-        # Over all N, not up to `stop`: for many samples on a CPU, products of contiguous matrices
-        # are faster than those of slices, and than torch's fused attention.
-        positions = torch.arange(keys.shape[2], device=k.device)
-        future = positions > positions[start:stop, None]  # (n, N)
+        # Over all N, not up to the new tokens: for many samples on a CPU, products of contiguous
+        # matrices are faster than those of slices, and than torch's fused attention.
         scores = (q * scale).type_as(keys) @ keys.mT  # (B, H, n, N)
-        weights = scores.masked_fill_(future, -math.inf).softmax(dim=-1)
+        weights = scores.masked_fill_(self.future, -math.inf).softmax(dim=-1)
         return (weights @ values).type_as(k)
 
-    def _grown(self, layer: int, k: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values, with memory for at least `length` tokens."""
+    def _grown(self, layer: int, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values, with memory for at least `size` tokens."""
         if layer not in self.layers:
             B, H, _, D = k.shape
             # On a CPU, a product of a few rows takes several times as long in bf16.
@@ -73,11 +86,8 @@ class KVCache:
             empty = k.new_zeros(B, H, 0, D, dtype=torch.float32 if few else k.dtype)
             self.layers[layer] = (empty, empty)
         keys, values = self.layers[layer]
-        if length > keys.shape[2]:
-            size = min(-(-length // STEP) * STEP, self.block_size)
-            if k.device.type == "cuda":  # a CUDA graph needs keys that stay where they are
-                size = self.block_size
-            padding = (0, 0, 0, size - keys.shape[2])
+        if self.size > keys.shape[2]:
+            padding = (0, 0, 0, self.size - keys.shape[2])
             keys, values = F.pad(keys, padding), F.pad(values, padding)
             self.layers[layer] = (keys, values)
         return keys, values

@@ -205,37 +205,38 @@ class GPT(nn.Module):
 
         With targets (B, T), the next tokens, returns logits and `multi_token_loss`.
         """
-        start, stop = 0 if cache is None else cache.length, ids.shape[1]
-        assert stop <= self.config.block_size, f"{stop} tokens, block_size {self.config.block_size}"
-        x = norm(self.embed(ids, start))  # (B, T, C)
+        T, block_size = ids.shape[1], self.config.block_size
+        assert block_size >= T, f"{T} tokens, block_size {block_size}"
+        new = slice(T) if cache is None else cache.new_tokens(ids)
+        x = norm(self.embed(ids, new))  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream too: otherwise every layer converts its input and its output
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rotary = self.rotary[:, start:stop].type_as(x)
+        rotary = self.rotary[:, new].type_as(x)
         for block in self.blocks:
-            x = block(x, ids[:, start:], rotary, cache)
+            x = block(x, ids[:, new], rotary, cache)
         if cache is not None:
-            cache.length = stop
+            cache.length = T
         x = norm(x)
         logits = self.lm_head(x)  # (B, T, V)
         return logits if targets is None else (logits, self.multi_token_loss(x, targets))
 
-    def embed(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, new: slice | torch.Tensor) -> torch.Tensor:
         """Sum of the embeddings of each token and of the n-grams that end with it.
 
         Args:
             ids: (B, T); n-grams that begin before the window are filled up with its first token.
-            start: the first position to embed.
+            new: index of the positions to embed.
 
         Returns:
-            (B, T - start, C)
+            (B, n, C) for n positions.
         """
-        (B, T), longest = ids.shape, self.config.n_gram - 1
-        padded = torch.cat([ids[:, :1].expand(B, longest), ids], dim=1)
-        ngram = ids[:, start:]  # as a number whose digits, base `ngram_base`, are its tokens
+        longest = self.config.n_gram - 1
+        padded = torch.cat([ids[:, :1].expand(-1, longest), ids], dim=1)
+        ngram = ids[:, new]  # as a number whose digits, base `ngram_base`, are its tokens
         x = self.token_embedding(ngram)
         for n, table in enumerate([self.pair_embedding, *self.ngram_embeddings], start=1):
-            token = padded[:, start + longest - n : T + longest - n]  # n positions earlier
+            token = padded[:, longest - n :][:, new]  # n positions earlier
             # the factor is reduced so that it does not overflow; the remainder stays the same
             ngram = ngram + token * (self.ngram_base**n % (PAIR_ROWS * NGRAM_ROWS))
             x = x + table(ngram % table.num_embeddings)

@@ -213,13 +213,14 @@ class LectureGPT(nn.Module):
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits of the next token for ids (B, T); with a cache, those of the new tokens."""
-        start, stop = 0 if cache is None else cache.length, ids.shape[1]
-        positions = torch.arange(start, stop, device=ids.device)
-        x = self.token_embedding_table(ids[:, start:]) + self.position_embedding_table(positions)
+        T = ids.shape[1]
+        new = slice(T) if cache is None else cache.new_tokens(ids)
+        positions = torch.arange(T, device=ids.device)[new]
+        x = self.token_embedding_table(ids[:, new]) + self.position_embedding_table(positions)
         for block in self.blocks:
             x = block(x, cache)  # (B, T, C)
         if cache is not None:
-            cache.length = stop
+            cache.length = T
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
 
@@ -234,7 +235,10 @@ class Bigram(nn.Module):
             nn.init.normal_(self.token_embedding_table.weight, std=config.init_std)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        return self.token_embedding_table(ids)  # (B, T, V); there is nothing to cache
+        if cache is not None:
+            ids = ids[:, cache.new_tokens(ids)]
+            cache.length += ids.shape[1]
+        return self.token_embedding_table(ids)  # (B, T, V)
 
     @torch.no_grad()
     def count(self, pieces: Iterable[torch.Tensor], smoothing: float = 1.0) -> "Bigram":

@@ -79,6 +79,8 @@ class TrainingMetrics(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         module.clock.start()
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.losses.clear()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses.append(outputs["next"])
@@ -88,16 +90,20 @@ class TrainingMetrics(Callback):
         every = trainer.log_every_n_steps  # 0 in Lightning's barebones mode
         if every and trainer.global_step % every == 0:
             self.log_metrics(trainer, module)
-        self.losses.clear()
+
+    def newest_loss(self, trainer: Trainer, module: LightningModule) -> float:
+        """Of the step that has ended last: over processes and micro-steps, nats per character."""
+        loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
+        loss = float(loss) * tokens_per_character(module)
+        trainer.callback_metrics["loss/train"] = torch.tensor(loss)  # for the bar and the line
+        return loss
 
     def log_metrics(self, trainer: Trainer, module: LightningModule) -> None:
-        loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
-        loss = float(loss)  # a GPU finishes its work here, before the clock is read
-        if module.data is not None:
-            loss *= module.data.tokens_per_character
+        loss = self.newest_loss(trainer, module)  # a GPU finishes before the clock is read
         module.clock.pause()
         seconds = module.clock.seconds - self.seconds_before
-        speed = self.tokens * trainer.world_size / max(seconds, 1e-9)
+        characters = self.tokens * trainer.world_size / tokens_per_character(module)
+        speed = characters / max(seconds, 1e-9)
         metrics = {"loss/train": loss, "speed/chars_per_second": speed}
         if self.is_slow(speed, time.monotonic()):
             module.print(
@@ -109,7 +115,6 @@ class TrainingMetrics(Callback):
             metrics[name] = float(group["lr"])
         if module.grad_norm is not None:
             metrics["optimizer/grad_norm"] = float(module.grad_norm)
-        trainer.callback_metrics["loss/train"] = torch.tensor(loss)  # for the bar
         module.log_to_loggers(metrics)
         self.tokens, self.seconds_before = 0, module.clock.seconds
         module.clock.start()
@@ -125,6 +130,8 @@ class TrainingMetrics(Callback):
         return True
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.losses:
+            self.newest_loss(trainer, module)
         module.clock.pause()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -140,6 +147,11 @@ class TrainingMetrics(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.log_metrics({BEST_LOSS: keeper.best_val_loss}, trainer.global_step)
+
+
+def tokens_per_character(module: LightningModule) -> float:
+    """Of the validation text, so that losses and speeds of all tokenizers compare."""
+    return 1.0 if module.data is None else module.data.tokens_per_character
 
 
 def validation_line(metrics: dict[str, Any], step: int, part: str = "val") -> str:
@@ -211,7 +223,9 @@ class GenerateText(Callback):
 
     def generate(self, trainer: Trainer, module: LightningModule) -> None:
         generator = TextGenerator(module.net, module.data.tokenizer)
-        (text,) = generator.generate(self.prompt, **self.settings)
+        # the text grows by a token a step: torch.compile would compile for each length
+        with torch.compiler.set_stance("force_eager"):
+            (text,) = generator.generate(self.prompt, **self.settings)
         title = f" step {trainer.global_step} ".center(72, "-")
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = text.strip().encode(encoding, "replace").decode(encoding)  # "?" for what it lacks
@@ -256,7 +270,8 @@ class RunProgressBar(TQDMProgressBar):
         self.tokens += batch[1].numel() * trainer.world_size
         seconds = time.monotonic() - self.began
         if seconds >= PROGRESS_SECONDS and step > self.first_step:
-            parts = [f"step {step}", f"{self.tokens / seconds:,.0f} characters/s"]
+            characters = self.tokens / tokens_per_character(module)
+            parts = [f"step {step}", f"{characters / seconds:,.0f} characters/s"]
             if "loss/train" in trainer.callback_metrics:
                 parts.insert(1, f"train {trainer.callback_metrics['loss/train']:.4f}")
             left = (trainer.estimated_stepping_batches - step) * seconds / (step - self.first_step)

@@ -4,10 +4,10 @@ Legend: B batch, T time (block_size), V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class GPTModule(LightningModule):
             loss, against overconfidence on small texts (Pereyra et al. 2017).
         eval_iters: at each validation also estimate the losses as the lecture does, from this many
             random batches of each part (`estimate/train`, `estimate/val`); 0 turns it off.
-        compile: compile the training step with torch.compile; pays on a GPU.
+        compile: compile the model with torch.compile; pays on a GPU.
         cuda_graph: on one GPU, take each step as one CUDA graph (see `StepGraph`).
         seed: of the initial weights, and of dropout at each step.
 
@@ -86,7 +86,6 @@ class GPTModule(LightningModule):
             )
         self.save_hyperparameters(ignore=["model", "optimizer"], logger=False)
         self.net: Any = None
-        self.compute_losses: Callable = training_losses
         self.initial_weights: dict[str, torch.Tensor] | None = None
         self.val_loss = MeanMetric()
         self.clock = TrainingClock()
@@ -130,7 +129,7 @@ class GPTModule(LightningModule):
         self.hparams["model"] = config_to_dict(self.config)
         self.hparams["optimizer"] = asdict(self.optimizer_config)
         if self.hparams.compile:
-            self.compute_losses = torch.compile(training_losses)
+            self.net.compile()  # in place: torch.compile(net) would rename every weight
 
     def configure_callbacks(self) -> list[Callback]:
         return [TrainingMetrics()]
@@ -150,8 +149,7 @@ class GPTModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
         fused = self.trainer.precision != "16-mixed"
-        compile = self.hparams.compile
-        optimizer = build_optimizer(self.net, self.optimizer_config, fused, compile)
+        optimizer = build_optimizer(self.net, self.optimizer_config, fused)
         self.group_settings = [
             {name: group[name] for name in ("lr", "betas", "weight_decay")}
             for group in optimizer.param_groups
@@ -207,9 +205,18 @@ class GPTModule(LightningModule):
         return outputs
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        loss, next_token_loss = self.compute_losses(
-            self.net, *batch, self.hparams.confidence_penalty
-        )
+        x, y = batch
+        further: torch.Tensor | float = 0.0
+        if getattr(self.config, "multi_token_heads", 0):
+            logits, further = self.net(x, targets=y)
+        else:
+            logits = self.net(x)
+        next_token_loss = cross_entropy(logits, y)
+        loss = next_token_loss + further
+        if self.hparams.confidence_penalty:
+            logs = F.log_softmax(logits.float(), dim=-1)
+            entropy = -(logs.exp() * logs).sum(dim=-1).mean()
+            loss = loss - self.hparams.confidence_penalty * entropy
         return {"loss": loss, "next": next_token_loss.detach()}
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -271,14 +278,16 @@ class GPTModule(LightningModule):
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """No autocast and no TF32, so that losses can be compared.
+        """No autocast, no TF32 and no compilation, so that losses can be compared.
 
-        With bf16-true and 16-true the weights themselves stay in half precision.
+        With bf16-true and 16-true the weights themselves stay in half precision. Compilation would
+        take minutes for the odd batch shapes of validation.
         """
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.autocast(self.device.type, enabled=False), eager:
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
@@ -318,19 +327,19 @@ class GPTModule(LightningModule):
         if data is not None and data.val_floor is not None:
             metrics["loss/floor"] = torch.tensor(data.val_floor)
         if data is not None and self.hparams.eval_iters:
-            metrics["estimate/train"] = self._estimate(data, data.train_spans)
-            metrics["estimate/val"] = self._estimate(data, data.val_spans)
+            metrics["estimate/train"] = self._estimate(data, "train")
+            metrics["estimate/val"] = self._estimate(data, "val")
         # In `fit`, Lightning would log at one step less than what has been done.
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(metrics, logger=not fitting)
         if fitting and not self.trainer.sanity_checking:
             self.log_to_loggers({name: float(value) for name, value in metrics.items()})
 
-    def _estimate(self, data: TextDataModule, spans: list[tuple[int, int]]) -> torch.Tensor:
+    def _estimate(self, data: TextDataModule, part: Literal["train", "val"]) -> torch.Tensor:
         """The lecture's `estimate_loss`: mean loss of random batches, in nats per token."""
         mean = MeanMetric().to(self.device)
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        for batch in data.estimator_batches(spans, self.hparams.eval_iters, rank, world):
+        for batch in data.estimator_batches(part, self.hparams.eval_iters, rank, world):
             x, y = (part.to(self.device) for part in batch)
             with self.full_precision():
                 mean.update(cross_entropy(self.net(x), y))
@@ -355,9 +364,12 @@ class GPTModule(LightningModule):
 
     def describe(self, data: TextDataModule) -> dict[str, Any]:
         """What makes a checkpoint self-contained; see `checkpoint.describe`."""
+        val_text, val_file = data.held_out.get("val_corpus", (None, None))
         corpus = {
             "name": data.corpus.name,
             "sha256": data.corpus_sha256,
+            "val_name": val_text and val_text.name,
+            "val_sha256": val_file and val_file.corpus_sha256,
             "split": data.hparams.split,
             "val_fraction": data.hparams.val_fraction,
         }
@@ -378,24 +390,6 @@ class GPTModule(LightningModule):
 def cross_entropy(logits: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Nats that tokens y (B, T) cost under logits (B, T, V), computed in fp32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
-
-
-def training_losses(
-    net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, confidence_penalty: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss to minimise, and that of the next token alone, for x and y (B, T): nats a token."""
-    further: torch.Tensor | float = 0.0
-    if getattr(net.config, "multi_token_heads", 0):
-        logits, further = net(x, targets=y)
-    else:
-        logits = net(x)
-    next_token_loss = cross_entropy(logits, y)
-    loss = next_token_loss + further
-    if confidence_penalty:
-        logs = F.log_softmax(logits.float(), dim=-1)
-        entropy = -(logs.exp() * logs).sum(dim=-1).mean()
-        loss = loss - confidence_penalty * entropy
-    return loss, next_token_loss
 
 
 def check_compiler(device: torch.device) -> None:

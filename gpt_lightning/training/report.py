@@ -9,14 +9,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from gpt_lightning.checkpoint import flags_to_repeat, shell_command
-from gpt_lightning.data.corpus import listed
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.documents import JSON_LINES, TABLES, listed
+from gpt_lightning.data.statistics import split_messages
 from gpt_lightning.files import unused
 from gpt_lightning.model import num_parameters
 from gpt_lightning.training.callbacks import TrainingMetrics
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.saving import BestAndLast, find_keeper
 
+MANY_ONCE = 100  # characters that occur once, from which a line suggests a smaller vocabulary
 NOTICEABLE = 0.01  # nats by which a validation loss must change to be reported
 
 
@@ -27,7 +29,14 @@ class Introduction(Callback):
         self.settings, self.precision_reason, self.folder = settings, precision_reason, folder
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:
-        module.print(self.text(trainer, module, module.data))
+        data = module.data
+        module.print(self.text(trainer, module, data))
+        one_text = data.val_text is data.corpus
+        # a resumed run has printed these
+        if trainer.is_global_zero and not trainer.ckpt_path and one_text:
+            spans, block_size = (data.train_spans, data.val_spans), data.hparams.block_size
+            for message in split_messages(data.tokens, data.vocab_size, *spans, block_size):
+                module.print(f"note   {message}")
         if self.folder is None or not trainer.is_global_zero:
             return
         settings = {k: v for k, v in self.settings.items() if k != "ckpt_path"}
@@ -42,6 +51,8 @@ class Introduction(Callback):
         train, val = (sum(b - a for a, b in spans) for spans in (data.train_spans, data.val_spans))
         config, hp = module.config, data.hparams
         validated = "validated" if hp.max_val_tokens else "held out"
+        if data.val_text is not data.corpus:
+            validated = f"of {data.val_text.name} to validate on"
         shape = ""
         if config.name != "bigram":
             shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
@@ -49,13 +60,9 @@ class Introduction(Callback):
         reason = f" ({self.precision_reason})" if self.precision_reason else ""
         steps = f", {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
         start = f"resumes {trainer.ckpt_path}, step {trainer.global_step:,}\n       "
-        files = ""
-        if len(data.corpus.paths) > 1 or data.corpus.left_out:
-            files = f"       {len(data.corpus.paths):,} text files"
-            files += listed("; left out: ", data.corpus.left_out) + "\n"
         return (
             f"text   {data.corpus.name}: {train:,} tokens to train on, {val:,} {validated}, "
-            f"vocabulary {data.vocab_size}\n{files}"
+            f"vocabulary {data.vocab_size}\n{files_read(data)}{vocabulary_notes(data)}"
             f"model  {config.name}, {shape}block {hp.block_size}: "
             f"{num_parameters(module.net):,} parameters\n"
             f"run    {self.folder or 'no folder'} on {device}, "
@@ -63,6 +70,38 @@ class Introduction(Callback):
             f"       {start if trainer.ckpt_path else ''}"
             f"{module.optimizer_config.optimizer}, {trainer.precision}{reason}"
         )
+
+
+def files_read(data: TextDataModule) -> str:
+    """Files, documents and characters of a text of several, and what is left out; or ""."""
+    corpus, read = data.corpus, data.token_file
+    files, notes = len(corpus.files), ""
+    if any(file.kind in (*JSON_LINES, *TABLES) and file.field is None for file in corpus.files):
+        notes += "       rows are read as plain text: --data.field=NAME reads a field of each\n"
+    if max(files, read.documents) > 1 or corpus.left_out:
+        between = f" separated by {corpus.separator!r}" if corpus.separator else ""
+        notes += (
+            f"       {read.documents:,} documents{between} in {files:,} file{'s' * (files > 1)}, "
+            f"{read.characters:,} characters{listed('; left out: ', corpus.left_out)}\n"
+        )
+    return notes
+
+
+def vocabulary_notes(data: TextDataModule) -> str:
+    """What `min_count` left out of the vocabulary, or that a model can be much smaller; or ""."""
+    hp, (characters, occurrences) = data.hparams, data.token_file.rare
+    if characters:
+        action = "left out" if hp.unknown == "drop" else "replaced by U+FFFD"
+        return (
+            f"       {characters:,} characters that occur less than {hp.min_count} times are "
+            f"{action}: {occurrences:,} occurrences\n"
+        )
+    if data.token_file.once >= MANY_ONCE:
+        return (
+            f"       {data.token_file.once:,} characters occur only once: --data.min_count=2, "
+            "--data.tokenizer=byte or bpe makes the model smaller\n"
+        )
+    return ""
 
 
 def closing_table(

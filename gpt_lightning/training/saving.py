@@ -116,9 +116,9 @@ class BestAndLast(Checkpoint):
         """Lock `folder` until the run ends: two runs would mix their files."""
         if self.lock is not None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             self.lock = lock
         except filelock.Timeout:
@@ -128,6 +128,8 @@ class BestAndLast(Checkpoint):
             ) from None
         except NotImplementedError:  # some network file systems have no locks
             pass
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror})") from error
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.saved_step, self.signum = trainer.global_step, None

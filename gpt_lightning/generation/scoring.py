@@ -1,0 +1,166 @@
+"""What a text costs a model: token ids in, nats of each token out.
+
+A model predicts a token from at most `block_size` tokens before it, so the text is cut into
+windows. They do not overlap by default, as in validation. A stride below `block_size` moves a
+window by fewer tokens and scores only the new ones: they have more context, and cost more time.
+
+Legend: B windows, T tokens of a window, N predicted tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from gpt_lightning.data.tokenizers import Tokenizer
+from gpt_lightning.data.windows import Span
+from gpt_lightning.errors import UserError
+from gpt_lightning.generation.sampling import NOT_FINITE
+
+TOKENS_CPU, TOKENS_GPU = 1 << 11, 1 << 16  # of a batch
+LOGITS = 1 << 26  # of a batch at most: 256 MB in fp32
+
+
+class NothingPredicted(UserError):
+    """A text of which no character is predicted."""
+
+
+class Piece(NamedTuple):
+    """The next N tokens of a text and what they cost."""
+
+    targets: np.ndarray  # (N,) token ids
+    nats: np.ndarray  # (N,) fp32
+    log_probs: torch.Tensor  # (N, V) fp32, on the model's device
+
+
+@dataclass(frozen=True)
+class Score:
+    """The cost of a text, whose first token is not predicted.
+
+    Args:
+        nats: cost of all predicted tokens.
+        tokens: number of predicted tokens.
+        characters: number of characters that begin in them.
+        bytes: their length in UTF-8.
+    """
+
+    nats: float
+    tokens: int
+    characters: int
+    bytes: int
+
+    @property
+    def nats_per_character(self) -> float:
+        return self.nats / self.characters
+
+    @property
+    def bits_per_character(self) -> float:
+        return self.nats_per_character / math.log(2)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / self.bytes / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token: a model that chooses among this many at random has the same cost."""
+        nats = self.nats / self.tokens
+        return math.exp(nats) if nats < 700 else math.inf
+
+
+def windows(
+    span: Span, block_size: int, stride: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Windows that together predict each token of a span, except its first, exactly once.
+
+    Yields for each batch the first token of each window (B,), the length T of the windows, and the
+    number of first predictions to leave out in each, because the window before has made them. After
+    the first window, every prediction has more than `block_size - stride` tokens of context.
+    """
+    start, stop = span
+    targets, overlap = stop - start - 1, block_size - stride
+    done = min(block_size, targets)
+    if done > 0:
+        yield np.array([start]), done, 0
+    while done < targets:
+        length = min(block_size, overlap + targets - done)
+        count = min(batch_size, (targets - done) // (length - overlap))
+        yield start + done - overlap + stride * np.arange(count), length, overlap
+        done += count * (length - overlap)
+
+
+@torch.inference_mode()
+def predictions(
+    model: nn.Module,
+    ids: np.ndarray,
+    spans: list[Span] | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Piece]:
+    """Predict each token of the spans, except the first of each, in order and in constant memory.
+
+    Args:
+        model: ids (B, T) -> logits (B, T, V). It is in eval mode meanwhile.
+        ids: token ids of a text, of any integer type; may be memory-mapped.
+        spans: the pieces of the text to score, (start, stop) each; by default all of it.
+        stride: distance of neighboring windows, from 1 to `block_size`, the default.
+        batch_size: B, windows that are computed at once; chosen from the sizes by default.
+
+    Raises:
+        UserError: for a stride or batch size out of range, or if a cost is not finite.
+    """
+    config: Any = model.config
+    block_size, device = config.block_size, next(model.parameters()).device
+    stride = block_size if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise UserError(f"stride={stride} must be from 1 to the model's block_size={block_size}")
+    if batch_size is None:
+        tokens = TOKENS_CPU if device.type == "cpu" else TOKENS_GPU
+        batch_size = max(1, min(tokens, LOGITS // config.vocab_size) // block_size)
+    elif batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    was_training = model.training
+    model.eval()
+    try:
+        for span in [(0, len(ids))] if spans is None else spans:
+            for starts, length, skipped in windows(span, block_size, stride, batch_size):
+                block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+                x = torch.from_numpy(block[:, :-1]).to(device)
+                targets = block[:, skipped + 1 :].ravel()  # (N,)
+                logits = model(x)[:, skipped:].flatten(0, 1).float()  # (N, V)
+                log_probs = logits.log_softmax(dim=-1)
+                y = torch.from_numpy(targets).to(device)
+                nats = -log_probs.gather(1, y[:, None])[:, 0].cpu().numpy()
+                if not np.isfinite(nats).all():
+                    raise UserError(NOT_FINITE)
+                yield Piece(targets, nats, log_probs)
+    finally:
+        model.train(was_training)
+
+
+def total(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Score:
+    """The sum of the costs, in float64.
+
+    Raises:
+        NothingPredicted: if no character is predicted.
+    """
+    nats, tokens, characters, size = 0.0, 0, 0, 0
+    decode = tokenizer.stream_decoder()
+    for piece in pieces:
+        nats += float(piece.nats.sum(dtype=np.float64))
+        tokens += len(piece.targets)
+        characters += tokenizer.count_characters(piece.targets)
+        if tokenizer.kind == "byte":
+            size += len(piece.targets)
+        else:
+            texts = map(decode, piece.targets.tolist())
+            size += len("".join(texts).encode("utf-8", "surrogatepass"))
+    if characters == 0:
+        raise NothingPredicted(
+            "the text has fewer than two characters of the vocabulary; the first is not predicted"
+        )
+    return Score(nats, tokens, characters, size)

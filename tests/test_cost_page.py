@@ -1,0 +1,119 @@
+"""The page of costs: as Python's parser and a browser see it, and the contrast of its colors."""
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from gpt_lightning.commands import cost_page as page_module
+from gpt_lightning.commands.cost_page import cost_page
+from gpt_lightning.commands.cost_views import LEVELS, Cell
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\x1b\n"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+
+def cells_of(text):
+    """Costs rise from character to character; the alternatives are hostile too."""
+    likeliest = [("</script>", 0.5), ("space", 0.25), ("\u2028", 0.1)]
+    return [Cell(c, i * math.log(2), i > 0, likeliest if i else []) for i, c in enumerate(text)]
+
+
+class Page(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.texts = ["outside"], [], {}
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        self.tags.append("outside")
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.tags[-1], []).append(data)
+
+
+def test_the_page_refers_to_nothing_outside_itself():
+    html = cost_page("text.txt", "loss 1", cells_of("to be"), "")
+    page = Page(html)
+    assert not {"src", "href", "srcset", "action", "data"} & {name for name, _ in page.attributes}
+    assert not {"link", "img", "iframe", "base", "object"} & set(page.tags)
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|import\(", html)
+    policy = next(v for _, v in page.attributes if v and "default-src" in v)
+    assert "default-src 'none'" in policy
+
+
+def test_a_hostile_text_is_text():
+    page = Page(cost_page(HOSTILE, HOSTILE, cells_of(HOSTILE), HOSTILE))
+    assert page.tags.count("script") == 2 and "img" not in page.tags
+    assert page.texts["h1"][0] == HOSTILE
+    shown = "".join(page.texts["span"][LEVELS:])
+    assert shown == HOSTILE.replace("\x1b", "\\x1b").replace("\n", "↵\n")
+    data = json.loads(page.texts["script"][0])
+    assert len(data) == len(HOSTILE) and data[0] == [None, []]
+    assert (
+        data[3][0] == pytest.approx(3 * math.log(2), abs=1e-3) and data[3][1][0][0] == "</script>"
+    )
+
+
+def luminance(color):
+    """Relative luminance, as WCAG defines it."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["LIGHT", "DARK"])
+def test_text_is_readable_on_every_color(theme):
+    colors, ink = getattr(page_module, theme), getattr(page_module, f"{theme}_TEXT")
+    assert len(colors) == LEVELS
+    for color in colors:
+        low, high = sorted((luminance(color), luminance(ink)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_a_browser_shows_the_details_of_a_character(width, scheme, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = tmp_path / "page.html"
+    text = "to be or not to be, that is the question:\nwhether 'tis nobler\n"
+    path.write_text(cost_page("text.txt", "loss  1", cells_of(text), ""), encoding="utf-8")
+    requests, errors = [], []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        view = {"width": width, "height": 700}
+        page = browser.new_page(viewport=view, color_scheme=scheme, has_touch=True)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(path.as_uri())
+        details, spans = page.locator("#details"), page.locator("#text span")
+        assert spans.count() == len(text)
+        assert "".join(spans.all_text_contents()) == text.replace("\n", "↵\n")
+        page.keyboard.press("Tab")
+        assert details.inner_text().startswith("t not predicted")
+        page.keyboard.press("ArrowRight")
+        assert details.inner_text().startswith("o 50.00%")
+        page.keyboard.press("ArrowDown")
+        assert not details.inner_text().startswith("o 50.00%")
+        page.keyboard.press("ArrowUp")
+        assert details.inner_text().startswith("o 50.00%")
+        page.keyboard.press("End")
+        assert details.inner_text().startswith("↵")
+        spans.nth(3).hover()
+        assert details.inner_text().startswith("b 12.50%, 2.079 nats, 3.000 bits")
+        assert "</script> 50.00%" in details.inner_text()
+        page.keyboard.press("Home")  # the pointer rests on the text
+        assert details.inner_text().startswith("t not predicted")
+        spans.nth(4).tap()
+        assert details.inner_text().startswith("e 6.25%")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+    assert requests == [path.as_uri()] and errors == []
