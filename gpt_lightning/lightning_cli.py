@@ -428,7 +428,7 @@ def validate(run: Run) -> None:
 def predict(run: Run) -> None:
     """Write the cost in nats of each held-out token to `predictions.npy`."""
     if run.trainer.world_size > 1:
-        raise UserError("predict runs in one process: use --trainer.devices=1")
+        raise UserError("predict runs in one process: use --trainer.devices=1, without torchrun")
     path = unused(Path(run.trainer.default_root_dir, "predictions.npy"))
     writer = PredictionWriter(path)
     run.trainer.callbacks.append(writer)

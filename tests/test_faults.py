@@ -276,6 +276,16 @@ def test_generate_under_torchrun_is_done_by_one_process(here, ends, monkeypatch)
     assert ends("generate", "--max_new_tokens=5") == (0, "", "")
 
 
+def test_predict_under_torchrun_is_refused(here, ends, monkeypatch):
+    names = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_PORT")
+    for name, value in zip(names, "220001", strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    code, _, err = ends("predict", "--trainer.accelerator=cpu")
+    assert "runs in one process" in one_line(code, err)
+
+
 def test_tensorboard_given_by_class_hides_what_a_killed_run_logged_later(here, ends):
     flags = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=tb")
     assert ends("fit", *TINY, *flags)[0] == 0
