@@ -76,6 +76,10 @@ from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import Introduction, closing_table
 from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted, find_keeper
 
+# How CUDA, ROCm, Intel's and Apple's GPUs, cuBLAS, cuDNN and the CPU say that memory is short.
+OUT_OF_MEMORY = (
+    r"\b(CUDA|HIP|XPU|MPS)\b.*out of memory|out_of_\w*memory|alloc_failed|can't allocate memory"
+)
 # The Trainer's settings where Lightning's own defaults do not fit; any of them can be given.
 TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -164,9 +168,7 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         raise UserError(f"the disk is full: {error.filename or run.folder}") from error
     except RuntimeError as error:
         # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
-        memory = re.search("out of memory|alloc_failed|can't allocate memory", str(error), re.I)
-        certain = isinstance(error, torch.OutOfMemoryError)
-        if not (certain or (memory and not in_users_code(error))):
+        if not re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
             raise
         sizes = run.data.hparams
         raise UserError(
