@@ -17,13 +17,13 @@ PREPARE = """
 import json, re, sys, time
 from pathlib import Path
 from gpt_lightning.data.corpus import find_corpus
-from gpt_lightning.data.tokens import prepare_tokens
+from gpt_lightning.data.tokens import TokenizerSettings, prepare_tokens
 
 def peak_memory():  # MB; getrusage's starts at that of the process which started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 before, start = peak_memory(), time.perf_counter()
-tokens = prepare_tokens(find_corpus(sys.argv[1])).open()
+tokens = prepare_tokens(find_corpus(sys.argv[1]), TokenizerSettings()).ids
 seconds = time.perf_counter() - start
 figures = {"seconds": seconds, "memory": peak_memory() - before, "tokens": len(tokens)}
 print(json.dumps(figures))

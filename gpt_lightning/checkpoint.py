@@ -26,8 +26,10 @@ from torch import nn
 from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import ModelConfig, build_model, config_from_dict, config_to_dict
+from gpt_lightning.safetensors_file import read_safetensors, write_safetensors
 
 KEY = "gpt_lightning"
+SAFETENSORS = ".safetensors"  # a file with this suffix has a model to share; see `write_model_file`
 MAX_PICKLE = 4 << 20  # bytes: vocabulary, settings and some 150 for each tensor
 LOGS = "lightning_logs"
 COMMAND = "python -m gpt_lightning"
@@ -57,9 +59,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"ckpt_path={path}: no such file")
     try:
-        checkpoint = torch.load(_verified_copy(path), map_location="cpu", weights_only=True)
-        if sum(tensor.nbytes for tensor in _tensors(checkpoint)) > path.stat().st_size:
-            raise ValueError("its tensors are larger than the file")
+        if path.suffix == SAFETENSORS:
+            checkpoint = _read_model_file(path)
+        else:
+            checkpoint = read_archive(path)
+            if sum(tensor.nbytes for tensor in tensors_in(checkpoint)) > path.stat().st_size:
+                raise ValueError("its tensors are larger than the file")
         # plain types, without attributes: an OrderedDict's could hide settings from a check
         checkpoint[KEY] = json.loads(json.dumps(checkpoint.get(KEY)))
         ours = _is_ours(checkpoint)
@@ -77,6 +82,45 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not ours:
         raise UserError(f"ckpt_path={path}: not a checkpoint of this version of gpt_lightning")
     return checkpoint
+
+
+def _read_model_file(path: Path) -> dict[str, Any]:
+    """The content of a safetensors file, as a checkpoint without state of the training."""
+    weights, description = read_safetensors(path)
+    return {
+        "global_step": description.pop("step"),
+        "state_dict": {f"net.{name}": weight for name, weight in weights.items()},
+        KEY: description,
+    }
+
+
+def write_model_file(path: str | Path, checkpoint: dict[str, Any], precision: str = "fp32") -> None:
+    """Write model, tokenizer and settings of a checkpoint to a safetensors file to share.
+
+    `read_checkpoint` reads it. It has no state of the training, so that no run resumes from it.
+
+    Args:
+        precision: of the weights in the file: fp32, fp16 or bf16.
+
+    Raises:
+        UserError: if a weight is too large for fp16, or the vocabulary for such a file.
+    """
+    description = {**checkpoint[KEY], "step": checkpoint["global_step"]}
+    write_safetensors(path, net_weights(checkpoint), description, precision)
+
+
+def net_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's weights by their names in the model."""
+    return {
+        name.removeprefix("net."): weight
+        for name, weight in checkpoint["state_dict"].items()
+        if name.startswith("net.")
+    }
+
+
+def read_archive(path: Path) -> Any:
+    """What torch.save wrote to a file, on the CPU: plain types and tensors. No code in it runs."""
+    return torch.load(_verified_copy(path), map_location="cpu", weights_only=True)
 
 
 def _verified_copy(path: Path) -> io.BytesIO:
@@ -112,13 +156,13 @@ def _check_pickle(data: bytes) -> None:
             raise ValueError(f"data.pkl names {argument}")
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _is_ours(checkpoint: dict[str, Any]) -> bool:
@@ -155,14 +199,9 @@ def model_and_tokenizer(
     """Model (on the CPU, in eval mode) and tokenizer of the checkpoint read from `path`."""
     entry = checkpoint[KEY]
     tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
-    weights = {
-        name.removeprefix("net."): weight
-        for name, weight in checkpoint["state_dict"].items()
-        if name.startswith("net.")
-    }
     try:
         model = build_model(config_from_dict(entry["model"]))
-        model.load_state_dict(weights)
+        model.load_state_dict(net_weights(checkpoint))
     except (RuntimeError, ValueError, MemoryError) as error:
         raise UserError(f"ckpt_path={path}: the model's settings do not fit its weights") from error
     return model.eval(), tokenizer
@@ -277,9 +316,9 @@ def check_compatible(
     theirs, mine = entry["corpus"], ours["corpus"]
     if same_corpus and theirs["sha256"] != mine["sha256"]:
         raise UserError(
-            f"corpus={mine['name']} is not the text that ckpt_path={path} was trained on "
-            f"({theirs['name']}), or that text has changed; start a new run from these weights "
-            f"with init_from={path} in place of ckpt_path"
+            f"ckpt_path={path} was trained on {theirs['name']}, which is not corpus={mine['name']} "
+            f"or has changed; start a new run from its weights with init_from={path} and corpus="
+            f"{mine['name']} in place of ckpt_path"
         )
     if same_corpus and theirs.get("val_sha256") != mine.get("val_sha256"):
         raise UserError(

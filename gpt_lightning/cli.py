@@ -21,14 +21,17 @@ COMMANDS = {
     "predict": "cost in nats of each held-out character, to a file",
     "generate": "generate text from a checkpoint",
     "evaluate": "what a text costs a model: nats and bits per character, of each character too",
+    "export": "write a model in another format: safetensors, transformers, ONNX, one HTML page",
+    "import": "read a model of nanoGPT, minGPT or transformers",
     "inspect": "what a text is made of: characters, repeated passages, n-gram entropies",
     "climb": "train every rung of the lecture's ladder, several seeds each: a table and a picture",
 }
 
-OWN_MODULE = {"evaluate", "generate", "inspect"}  # commands/NAME.py has each of these
+OWN_MODULE = {"evaluate", "export", "generate", "import", "inspect"}  # commands/NAME.py
 
 GUESSES = {  # commands of other programs
-    **dict.fromkeys(("train", "training", "finetune", "resume"), "fit"),
+    **dict.fromkeys(("train", "training", "resume"), "fit"),
+    **dict.fromkeys(("finetune", "fine-tune"), "fit --init_from=best --data.corpus=NAME"),
     **dict.fromkeys(("eval", "score", "perplexity"), "evaluate"),
     "val": "validate",
     **dict.fromkeys(("sample", "infer", "inference", "write", "complete"), "generate"),
@@ -137,7 +140,8 @@ def run(argv: list[str]) -> int | None:
     if command in OWN_MODULE:
         if int(os.environ.get("RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
             return 0  # torchrun started several processes; the first one does the work
-        return import_module(f"gpt_lightning.commands.{command}").main(flags)
+        module = "import_model" if command == "import" else command  # a keyword of Python
+        return import_module(f"gpt_lightning.commands.{module}").main(flags)
     stdout, stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:

@@ -34,7 +34,9 @@ def begin_from(
     vocab_size = config.vocab_size
     for name in ("vocabulary", "vocabulary_corpus", "max_vocab_size"):
         if name in data:
-            raise UserError(f"{name} cannot be given together with init_from, which sets it")
+            raise UserError(
+                f"{name}={data[name]} cannot be given: init_from={path} sets it; drop it"
+            )
     _complete(data, "tokenizer", tokenizer["kind"], path)
     if config.name == "lecture":  # it has a weight for each position
         _complete(data, "block_size", config.block_size, path)

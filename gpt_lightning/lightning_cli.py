@@ -34,6 +34,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gpt_lightning.checkpoint import (
     KEY,
     LOGS,
+    SAFETENSORS,
     check_compatible,
     flags_to_repeat,
     read_newest_intact,
@@ -136,9 +137,16 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     start, weights = settings.pop("init_from", None), None
     if start is not None and (command != "fit" or settings.get("ckpt_path") is not None):
         raise UserError("--init_from is for a new run: fit without --ckpt_path")
+    if start is not None and "corpus" not in settings["data"]:
+        raise UserError(f"--init_from={start} needs a text to train on: --data.corpus=NAME")
     corpus_given = "corpus" in settings["data"]
     if which is not None:
         path, checkpoint = read_newest_intact(which, root)
+        if path.suffix == SAFETENSORS:
+            raise UserError(
+                f"ckpt_path={path} has a model without the state of its training; evaluate scores "
+                f"texts with it, and fit --init_from={path} starts a new run from it"
+            )
         settings = restore(parser, argv, settings, checkpoint)
     elif start is not None:
         try:

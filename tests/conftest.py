@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt_lightning.checkpoint import KEY, describe
 from gpt_lightning.cli import main
+from gpt_lightning.data.tokenizers import CharTokenizer
+from gpt_lightning.model import build_model, config_from_dict
 
 ROOT = Path(__file__).parent.parent
 TEXT = "To be, or not to be: that is the question;\nwhether 'tis nobler in the mind.\n" * 20
@@ -36,6 +39,22 @@ def perturbed(model, noise=0.3):
         for p in model.parameters():
             p += noise * torch.randn(p.shape, generator=generator)
     return model.eval()
+
+
+def checkpoint_of(name, vocabulary="\n abcdefg", **settings):
+    """A checkpoint, as it is read, of a small perturbed model with a tokenizer of characters."""
+    sizes = {"vocab_size": len(vocabulary), "block_size": 8}
+    if name != "bigram":
+        sizes |= {"n_layer": 2, "n_head": 2, "n_embd": 16}
+    config = config_from_dict({"name": name, **sizes, **settings})
+    torch.manual_seed(1)
+    weights = perturbed(build_model(config), 0.1).state_dict()
+    corpus = {"name": "a text", "sha256": "0" * 64, "split": "tail", "val_fraction": 0.1}
+    return {
+        "global_step": 4,
+        "state_dict": {f"net.{key}": weight for key, weight in weights.items()},
+        KEY: describe(config, CharTokenizer(vocabulary).state(), corpus, None),
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)

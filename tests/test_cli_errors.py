@@ -162,14 +162,20 @@ def test_resuming_with_another_optimizer_text_split_or_vocabulary(here, refused)
     resume = [*RESUME, "--ckpt_path=last"]
     refused([*resume, "--model.optimizer=adamw"], "--model.optimizer=adamw", "muon")
     Path("other.txt").write_text("To be or not to be\n" * 100)
-    refused([*resume, "--data.corpus=other.txt"], "other.txt is not the text", "text.txt")
+    refused(
+        [*resume, "--data.corpus=other.txt"], "was trained on", "--init_from=", "--data.corpus="
+    )
     refused([*resume, "--data.split=blocks"], "split=blocks", "held out with")
     refused([*resume, "--data.tokenizer=byte"], "has another vocabulary")
     with Path("text.txt").open("a") as file:
         file.write("more\n")
-    refused(resume, "text.txt is not the text", "has changed")
+    refused(resume, "was trained on", "or has changed", "--init_from=")
     Path("text.txt").unlink()
     refused(resume, "--data.corpus=text.txt is not found")
+
+
+def test_fine_tuning_needs_a_text(here, refused):
+    refused(["fit", "--init_from=last"], "--init_from=last needs a text", "--data.corpus=NAME")
 
 
 def test_a_finished_run_names_the_flag_to_train_further(refused):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gpt_lightning.commands import cost_views
-from gpt_lightning.commands.cost_views import Cell, TokenCosts, colored, visible
+from gpt_lightning.commands.cost_views import Cell, TokenCosts, colored, label, visible
 from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt_lightning.data.words import WordTokenizer
 from gpt_lightning.generation.scoring import predictions
@@ -53,14 +53,22 @@ def test_a_part_that_begins_and_ends_within_a_character_is_shown():
     assert "".join(cell.text for cell in cells) == expected
 
 
-def test_long_texts_are_cut_with_a_note(monkeypatch):
-    tokenizer = CharTokenizer("ab")
-    cells, note = costs_of(tokenizer, "ab" * 20).first_cells()
-    assert len(cells) == 40 and note == ""
-    monkeypatch.setattr(cost_views, "LIMIT", 7)
-    cells, note = costs_of(tokenizer, "ab" * 20).first_cells()
-    assert "".join(cell.text for cell in cells) == "abababab" and "first 7 tokens" in note
-    assert all(cell.likeliest for cell in cells[1:])
+def test_a_long_text_is_cut_and_its_first_tokens_have_alternatives(monkeypatch):
+    monkeypatch.setattr(cost_views, "SHOWN", 7)
+    costs = costs_of(CharTokenizer("ab"), "ab" * 20)
+    assert "".join(cell.text for cell in costs.cells(7)) == "abababa"
+    assert all(cell.likeliest for cell in list(costs.cells(7))[1:])
+    assert len(list(costs.cells())) == 40
+
+
+def test_a_token_is_named_by_what_can_be_seen_of_it():
+    for token, name in (
+        (b" ", "space"),
+        (b"\n", "line end"),
+        ("é".encode(), "é"),
+        (b"\xe6", "\\xe6"),
+    ):
+        assert label(token) == name
 
 
 def test_control_characters_are_visible_and_do_not_reach_the_terminal():

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt_lightning.data import documents as documents_module
 from gpt_lightning.data.corpus import find_corpus
 from gpt_lightning.errors import UserError
 
@@ -180,7 +179,7 @@ def test_an_archive_without_text_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 8] |= 1  # the first entry's flag of encryption
     path.write_bytes(data)
-    error_of(path, "has no text in it: secret.zip/a.txt (encrypted), secret.zip/b.txt (binary)")
+    error_of(path, "secret.zip is damaged, or not what its suffix says", "'a.txt' is encrypted")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zip"])
@@ -201,38 +200,24 @@ def test_a_damaged_archive_is_named(tmp_path, suffix, cut):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "parts"),
+    ("name", "content", "part"),
     [
-        ("a.jsonl", '{"text": "a"}\n\n{"text": b}\n', ["line 3: not JSON (Expecting value)"]),
-        (
-            "a.jsonl",
-            '{"text": "a"}\n{"id": 1, "title": "b"}',
-            ["line 2 has no field=text; it has id"],
-        ),
-        ("a.jsonl", '["text"]\n', ["line 1 has no field=text"]),
-        ("a.jsonl", '{"text": ["a"]}\n', ["line 1: field=text is no text but list"]),
-        ("a.jsonl", '{"text": 1}\n', ["line 1: field=text is no text but int"]),
-        ("a.jsonl", "[" * 100_000, ["line 1: not JSON"]),
-        ("a.jsonl", f'{{"id": {"1" * 5000}}}\n', ["line 1"]),
-        ("a.csv", "id,title\n1,b\n", ["line 2 has no field=text; it has id, title"]),
-        ("a.csv", "id,text\n1,b\n2\n", ["line 3 has no field=text; it has id"]),
-        ("a.csv", 'id,text\n1,b\n2,"c\nd\n', ["line 4: not CSV"]),
-        ("a.tsv", 'id\ttext\n1\t"b"c\n', ["line 2: not TSV"]),
-        ("a.csv", "id,text\n", ["is empty"]),
-        ("a.jsonl", '{"text": null}\n{"text": ""}\n', ["is empty"]),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": b}\n', "line 3: not JSONL (Expecting value)"),
+        ("a.jsonl", '{"text": "a"}\n{"id": 1}', "line 2 has no field=text; it has id"),
+        ("a.jsonl", '["text"]\n', "line 1 has no field=text"),
+        ("a.jsonl", '{"text": ["a"]}\n', "line 1: field=text is no text but list"),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSONL"),
+        ("a.csv", "id,title\n1,b\n", "line 2 has no field=text; it has id, title"),
+        ("a.csv", "id,text\n1,b\n2\n", "line 3 has no field=text; it has id"),
+        ("a.csv", 'id,text\n1,b\n2,"c\nd\n', "line 4: not CSV"),
+        ("a.tsv", 'id\ttext\n1\t"b"c\n', "line 2: not TSV"),
+        ("a.csv", "id,text\n", "is empty"),
+        ("a.jsonl", '{"text": null}\n{"text": ""}\n', "is empty"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_named(tmp_path, name, content, parts):
+def test_a_row_that_cannot_be_read_is_named(tmp_path, name, content, part):
     path = write(tmp_path / name, content)
-    error_of(path, path, *parts, field="text")
-
-
-def test_a_row_of_unlimited_length_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "MAX_ROW", 100)
-    path = write(tmp_path / "a.jsonl", as_json_lines(["a", "b" * 200], True))
-    error_of(path, "line 2: not JSON (longer than 100 characters)", field="text")
-    path = write(tmp_path / "a.csv", as_table(["a", "b\n" * 200], ","))
-    error_of(path, "line", "not CSV (field larger than field limit (100))", field="text")
+    error_of(path, path, part, field="text")
 
 
 def test_reading_a_compressed_text_takes_constant_memory(tmp_path):
@@ -268,7 +253,7 @@ def test_the_names_of_an_encoding_are_one(tmp_path):
 
 def test_text_in_another_encoding_is_refused_with_what_reads_it(tmp_path):
     german = write(tmp_path / "german.txt", GERMAN.encode("cp1252"))
-    error_of(german, "german.txt is not UTF-8 text", "set encoding=auto, which takes it for cp12")
+    error_of(german, "german.txt is not UTF-8 text", "set encoding=auto to detect it")
     error_of(german, "is not ASCII text", "encoding=NAME", encoding="ascii")
     wide = write(tmp_path / "wide.txt", GERMAN.encode("utf-16"))
     error_of(wide, "wide.txt (utf-16; read it with encoding=utf-16 or auto)")
@@ -282,10 +267,11 @@ def test_text_in_another_encoding_is_refused_with_what_reads_it(tmp_path):
         (RUSSIAN, "koi8-r"),
         (GERMAN, "cp1252"),
         ("Le cœur a ses raisons que la raison ne connaît point, où l’on naît.\n" * 3, "cp1252"),
+        ("«Ça coûte 12 €» – et l’élève n’a rien répondu. Où es-tu allé, mon frère?\n" * 9, "cp1252"),
+        ("Gemüt über alles, naïve façade. " * 20, "cp1252"),
         ("吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n" * 20, "shift_jis"),
         ("床前明月光，疑是地上霜。举头望明月，低头思故乡。\n" * 20, "gb18030"),
         (GERMAN, "utf-16"),
-        (GERMAN, "utf-32"),
         (RUSSIAN, "utf-8"),
         ("plain\n" * 100_000 + RUSSIAN, "cp1251"),  # far from the beginning
         ("plain\n" * 100_000 + GERMAN + "plain", "utf-8"),

@@ -49,7 +49,7 @@ def test_a_given_setting_must_fit_the_weights(old_run):
     for data, model, message in [
         ({}, {"n_layer": 7}, "^n_layer=7 does not fit init_from=a.ckpt, which has n_layer=1"),
         ({"tokenizer": "byte"}, {}, "^tokenizer=byte does not fit"),
-        ({"vocabulary": "ab"}, {}, "^vocabulary cannot be given"),
+        ({"vocabulary": "ab"}, {}, "^vocabulary=ab cannot be given: init_from=a.ckpt sets it"),
     ]:
         with pytest.raises(UserError, match=message):
             begin_from(old_run, "a.ckpt", {"corpus": "new.txt", **data}, model)

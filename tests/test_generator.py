@@ -3,18 +3,21 @@
 import itertools
 from bisect import bisect_right
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import checkpoint_of
 from lecture_oracle import oracle_of
 
-from gpt_lightning.checkpoint import KEY, describe
+from gpt_lightning.checkpoint import KEY, describe, model_and_tokenizer
 from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.generator import TextGenerator, generate
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_model
+from gpt_lightning.model.attention import causal_attention
 from gpt_lightning.model.lecture import BigramConfig, LectureConfig
 
 ROOT = Path(__file__).parent.parent
@@ -247,3 +250,32 @@ def test_an_empty_prompt_starts_a_line_or_follows_the_first_token(letters, unkno
 def test_settings_out_of_range_raise(letters, settings):
     with pytest.raises(UserError, match=f"^{next(iter(settings))}=.* must "):
         letters.generate("a", **settings)
+
+
+@pytest.mark.parametrize("name", ["gpt", "lecture"])
+def test_attention_is_the_softmax_of_the_allowed_scores_of_each_layer_and_head(name):
+    checkpoint = checkpoint_of(name)
+    model, tokenizer = model_and_tokenizer(checkpoint, "")
+    scores = []
+
+    def recorded(q, k, v, scale, dropout=0.0):
+        scores.append(torch.einsum("bhid,bhjd->bhij", q, k)[0] * scale)
+        return causal_attention(q, k, v, scale, dropout)
+
+    with patch(f"gpt_lightning.model.{name}.causal_attention", recorded), torch.no_grad():
+        model(torch.tensor(tokenizer.encode("a bad\n c")[None].astype("int64")))
+    weights = TextGenerator(model, tokenizer).attention("a bad\n c")
+    assert weights.shape == (2, 2, 8, 8)
+    for t in range(8):  # row t: the tokens up to t
+        expected = torch.stack(scores)[:, :, t, : t + 1].softmax(-1)
+        torch.testing.assert_close(weights[:, :, t, : t + 1], expected, rtol=1e-5, atol=1e-6)
+    assert weights.triu(1).count_nonzero() == 0
+
+
+def test_attention_is_for_texts_that_fit_and_for_models_that_have_it():
+    generator = TextGenerator(*model_and_tokenizer(checkpoint_of("lecture"), ""))
+    for text in ("", "a" * 9):
+        with pytest.raises(UserError, match=f"text has {len(text)} tokens; .* 1 to 8"):
+            generator.attention(text)
+    with pytest.raises(UserError, match="name=bigram: this model has no attention"):
+        TextGenerator(*model_and_tokenizer(checkpoint_of("bigram"), "")).attention("a")

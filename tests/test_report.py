@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,3 +144,15 @@ def test_the_summary_counts_what_was_read_and_names_what_was_not(tmp_path):
         data = TextDataModule(str(tmp_path), block_size=2, batch_size=1, **settings)
         data.setup("fit")
         assert said in files_read(data) and "; left out: photo (binary)" in files_read(data)
+
+
+def test_what_a_validation_text_lacks_and_repeats_is_told(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    text = Path("text.txt").read_text()
+    Path("other.txt").write_text(text[:500] + "9876")
+    flags = ("--data.val_corpus=other.txt", "--data.unknown=drop", "--trainer.max_steps=2")
+    with pytest.raises(SystemExit):
+        main(["fit", *TINY, *flags])
+    out = capsys.readouterr().out
+    assert "       4 of 504 characters of " in out and "other.txt are not in the vocabulary" in out
+    assert re.search(r"note   \d+% of the validation text repeats", out)

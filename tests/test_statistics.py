@@ -1,7 +1,6 @@
-"""Counts, shared passages and n-gram entropies, against brute force and closed forms."""
+"""Repeated passages and n-gram entropies, against brute force and closed forms."""
 
 import math
-import re
 from collections import Counter
 
 import numpy as np
@@ -9,16 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpt_lightning.data import statistics
-from gpt_lightning.data.statistics import (
-    compare_end,
-    count_characters,
-    end_message,
-    ngram_entropies,
-    overlap,
-    repeated_message,
-    sample,
-)
+from gpt_lightning.data.statistics import ngram_entropies, repeated_passages, split_messages
 
 
 def ids_of(text: str) -> np.ndarray:
@@ -36,42 +26,7 @@ ENGLISH = "the of and to in that is was for it with as his on be at by had not a
 GERMAN = "der und die zu den das nicht von sie ist des sich mit dem ein es auf eine als auch zum"
 
 
-# --- characters -----------------------------------------------------------------------------------
-
-
-@given(st.lists(st.text(alphabet=st.characters(codec="utf-8"), max_size=20)))
-def test_characters_and_lines_are_counted_in_any_chunks(chunks):
-    text = "".join(chunks)
-    found = count_characters(chunks)
-    assert found.counts == Counter(text)
-    assert list(found.counts.values()) == sorted(found.counts.values(), reverse=True)
-    assert found.total == len(text) and found.utf8_bytes == len(text.encode())
-    lines = text.split("\n")[: -1 if text.endswith("\n") or not text else None]
-    assert found.lines == len(lines)
-    if lines:
-        longest = max(map(len, lines))
-        assert found.longest == longest
-        assert found.longest_line == 1 + [len(line) for line in lines].index(longest)
-
-
-def test_letters_are_counted_by_script():
-    found = count_characters(["Ωmega, мир 42"])
-    assert found.scripts() == {"LATIN": 4, "CYRILLIC": 3, "GREEK": 1}
-
-
 # --- repeated passages ----------------------------------------------------------------------------
-
-
-def brute_force_overlap(text, train, val, length):
-    """The share, and the length of the longest shared passage of at least `length`."""
-    known = {text[i : i + n] for a, b in train for i in range(a, b) for n in range(1, b - i + 1)}
-    repeated = [
-        text[i - length : i] in known for a, b in val for i in range(a + length, b)
-    ]  # positions with `length` predecessors
-    passages = {text[i : i + n] for a, b in val for i in range(a, b) for n in range(1, b - i + 1)}
-    longest = max(map(len, known & passages), default=0)
-    share = sum(repeated) / len(repeated) if repeated else 0.0
-    return share, longest if longest >= length else 0
 
 
 @settings(deadline=None)
@@ -79,51 +34,45 @@ def brute_force_overlap(text, train, val, length):
     st.text(alphabet="ab", min_size=3, max_size=60),
     st.lists(st.integers(0, 60), min_size=3, max_size=3, unique=True),
     st.integers(1, 6),
-    st.booleans(),
 )
-def test_overlap_is_that_of_brute_force(text, cuts, length, small_chunks):
+def test_repeated_passages_are_those_of_brute_force(text, cuts, shortest):
     a, b, c = sorted(cut * len(text) // 60 for cut in cuts)
     assume(a < b < c)
     train, val = [(0, a), (b, c)], [(a, b), (c, len(text))]
-    with pytest.MonkeyPatch.context() as patch:
-        if small_chunks:
-            patch.setattr(statistics, "CHUNK", 3)
-        found = overlap(ids_of(text), train, val, length=length)
-    share, longest = brute_force_overlap(text, train, val, length)
-    assert found.share == pytest.approx(share)
-    # A shared passage may stand only at the end of a span, where no position follows.
-    assert found.length == longest
-    if longest:
-        passages = [text[i : i + longest] for i in (found.val_start, found.train_start)]
-        assert passages[0] == passages[1]
-        for start, spans in ((found.val_start, val), (found.train_start, train)):
-            assert any(first <= start and start + longest <= stop for first, stop in spans)
+    windows = [i for first, stop in val for i in range(first, stop - shortest + 1)]
+    repeated = {
+        i
+        for i in windows
+        if any(text[i : i + shortest] in text[first:stop] for first, stop in train)
+    }
+    found, share = repeated_passages(ids_of(text), train, val, shortest)
+    assert share == pytest.approx(len(repeated) / max(1, len(windows)))
+    for length, ours, theirs in found:
+        assert text[ours : ours + length] == text[theirs : theirs + length]
+        for start, spans in ((ours, val), (theirs, train)):
+            assert any(first <= start and start + length <= stop for first, stop in spans)
+    assert repeated == {i + j for n, i, _ in found for j in range(n - shortest + 1)}
 
 
-def test_a_text_that_repeats_itself_is_reported():
+def test_a_text_that_repeats_itself_is_one_passage():
     text = sentences(ENGLISH, 3000, 0) * 12
     n = len(text) - 3600
-    found = overlap(ids_of(text), [(0, n)], [(n, len(text))])
-    assert found.share == 1 and found.length == 3600
-    assert repeated_message(found).startswith("100% of the validation text repeats")
+    found, share = repeated_passages(ids_of(text), [(0, n)], [(n, len(text))])
+    assert share == 1 and [passage.length for passage in found] == [3600]
 
 
 def test_a_passage_planted_across_the_split_is_found_with_its_places():
     text = sentences(ENGLISH, 40000, 1)
     text = text[:38000] + "#" + text[5000:5700] + "#" + text[38702:]
-    found = overlap(ids_of(text), [(0, 36000)], [(36000, 40000)])
-    assert (found.length, found.val_start, found.train_start) == (700, 38001, 5000)
-    assert found.share == pytest.approx((700 - 49) / (4000 - 50))
+    found, share = repeated_passages(ids_of(text), [(0, 36000)], [(36000, 40000)])
+    assert found == [(700, 38001, 5000)]
+    assert share == pytest.approx((700 - 49) / (4000 - 49))
 
 
-def test_the_thue_morse_word_has_no_false_repetitions():
-    word = np.array([bin(i).count("1") & 1 for i in range(1 << 14)], np.uint8)
-    val = (1 << 13, 1 << 14)  # the second half is the complement of the first
-    found = overlap(word, [(0, 1 << 13)], [val], length=1024)
-    text = bytes(word + 97).decode()
-    starts = range(val[0], val[1] - 1024)
-    share = np.mean([text[i : i + 1024] in text[: 1 << 13] for i in starts])
-    assert found.share == pytest.approx(share)
+def test_tokens_of_two_bytes_are_compared_as_tokens():
+    ids = np.array([1, 256, 1, 256, 256, 1, 0, 1], np.uint16)  # the bytes 1 0, 0 1, ...
+    found, share = repeated_passages(ids, [(0, 4)], [(4, 8)], shortest=2)
+    assert found == [(2, 4, 1)] and share == pytest.approx(1 / 3)
 
 
 # --- n-gram models --------------------------------------------------------------------------------
@@ -175,44 +124,25 @@ def test_ngram_entropies_reach_the_entropy_of_a_markov_chain():
     assert row[0] > 1.5  # without context all five are about equally likely: log 5 = 1.609
 
 
-def test_entropies_of_a_uniform_text_are_the_logarithm_of_its_vocabulary():
-    ids = np.random.default_rng(0).integers(0, 8, 100_000)
-    (row,) = ngram_entropies(ids, 8, [[(90_000, 100_000)]], 2)
-    assert row == pytest.approx(math.log(8), abs=2e-3)
+# --- warnings -------------------------------------------------------------------------------------
 
 
-# --- the end --------------------------------------------------------------------------------------
-
-
-def test_an_end_in_another_language_is_reported_and_a_clean_text_is_not():
+def test_a_split_is_warned_about_for_an_end_in_another_language_and_for_repetitions():
     english, german = sentences(ENGLISH, 20000, 2), sentences(GERMAN, 2000, 3)
-    for text, unlike in ((english, False), (english[:18000] + german, True)):
-        found = compare_end(ids_of(text), 256, (0, 18000), (18000, 20000), 128)
-        assert found.is_unlike == unlike == bool(end_message(found))
-        repeated = overlap(ids_of(text), [(0, 18000)], [(18000, 20000)])
-        assert not repeated_message(repeated)
-
-
-def test_the_message_gives_the_ratio_to_the_blocks():
-    text = sentences(ENGLISH, 18000, 2) + sentences(GERMAN, 2000, 3)
-    found = compare_end(ids_of(text), 256, (0, 18000), (18000, 20000), 128)
-    ratio = float(re.search(r"([\d.]+) times", end_message(found))[1])
-    assert ratio == pytest.approx(found.end / found.blocks, abs=0.05)
+    repeated = english[:18000] + english[:2000]
+    for text, warning in (
+        (english, None),
+        (english[:18000] + german, "the end of the text"),
+        (repeated, "100% of the validation text repeats"),
+    ):
+        spans = [(0, 18000)], [(18000, 20000)]
+        messages = split_messages(ids_of(text), 256, *spans, 128, is_tail=True)
+        assert len(messages) == (warning is not None)
+        assert all(message.startswith(warning) for message in messages)
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.5, 0.9])
-def test_the_end_is_compared_at_any_split(fraction):
+def test_any_split_of_a_clean_text_is_accepted(fraction):
     ids = ids_of(sentences(ENGLISH, 5000, 4))
     n = round(len(ids) * (1 - fraction))
-    found = compare_end(ids, 256, (0, n), (n, len(ids)), 128)
-    assert 1 <= len(found.others) <= 9 and not found.is_unlike
-
-
-@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 100))
-def test_a_sample_lies_within_its_spans(a, b, most):
-    spans = [(0, a), (a + 7, a + 7 + b)]
-    kept = sample(spans, most)
-    assert sum(stop - start for start, stop in kept) <= max(most, 0) or kept == spans
-    assert kept == sorted(kept)
-    for start, stop in kept:
-        assert any(first <= start <= stop <= last for first, last in spans)
+    assert split_messages(ids, 256, [(0, n)], [(n, len(ids))], 128, is_tail=True) == []

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_lightning.data.tokenizers import KINDS, ByteTokenizer, build_tokenizer
+from gpt_lightning.data.tokenizers import KINDS, ByteTokenizer, tokenizer_from_state
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.strings import BannedStrings, StopStrings
 
@@ -61,7 +61,7 @@ def test_the_bytes_of_a_text_are_those_of_its_tokens(kind):
     if kind == "bpe":
         pytest.importorskip("tokenizers")
     vocabulary = {"char": "\n abé🙃", "word": '["\\n", " ", "a", "b", "é", "🙃", "ab"]'}
-    tokenizer = build_tokenizer(kind, vocabulary.get(kind, ""))
+    tokenizer = tokenizer_from_state({"kind": kind, "vocabulary": vocabulary.get(kind, "")})
     text, tokens = "ab é\n🙃 aab", tokenizer.bytes_of_tokens()
     assert len(tokens) == tokenizer.vocab_size
     assert b"".join(tokens[i] for i in tokenizer.encode(text)) == text.encode()

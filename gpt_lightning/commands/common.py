@@ -1,8 +1,15 @@
-"""What the commands share: a parser, reading text files, choosing a device."""
+"""What the commands share: flags and their errors, reading text files, choosing a device."""
 
 import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.data.corpus import Corpus, find_corpus
+from gpt_lightning.errors import UserError, did_you_mean, with_flags
+
+HOW = ("field", "encoding", "separator")  # settings that say how a corpus is read
 
 
 class Parser(argparse.ArgumentParser):
@@ -10,8 +17,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         flag = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        flags = [f"--{name}" for name in vars(self.parse_args([]))]
-        raise UserError(message + did_you_mean(flag, flags))
+        flags = re.findall(r"--\w+", self.format_usage())
+        hint = did_you_mean(flag, flags)
+        if message.startswith("unrecognized") and not flag.startswith("-"):
+            hint = "; each value needs its flag"
+        raise UserError(message + hint)
+
+
+@contextmanager
+def errors_name_flags(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """Write settings as flags in the message of a UserError; yields the flag of each setting."""
+    flags = {name: f"--{name}" for name in vars(args)}
+    try:
+        yield flags
+    except UserError as error:
+        raise UserError(with_flags(str(error), flags)) from error
+
+
+def add_corpus_flags(parser: Parser) -> None:
+    """Add the flags that say how a corpus is read."""
+    add = parser.add_argument
+    add("--field", metavar="NAME", help="the field of .jsonl, .csv and .tsv rows that is the text")
+    add("--encoding", default="utf-8", metavar="NAME", help="of the files; auto detects it")
+    add("--separator", default="", metavar="TEXT", help="stands between two documents")
+
+
+def corpus_of(name: str, how: dict[str, Any]) -> Corpus:
+    """The corpus of this name, read as the settings or flags in `how` say, among others."""
+    return find_corpus(name, **{setting: how[setting] for setting in HOW if setting in how})
 
 
 def read_file(path: str, flag: str) -> str:

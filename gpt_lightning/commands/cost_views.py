@@ -1,23 +1,23 @@
 """What `evaluate` shows beside its figures: the cost of each line, and the text in colors."""
 
-import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any
 
 import numpy as np
 
 from gpt_lightning.data.tokenizers import Tokenizer
-from gpt_lightning.data.windows import Span
+from gpt_lightning.data.windows import Span, first_tokens
 from gpt_lightning.generation.scoring import Piece
 
-LIMIT = 10_000  # tokens that are shown in colors
+SHOWN = 10_000  # tokens that are shown in colors
 LIKELIEST = 5  # alternatives of each token
-LEVELS = 9  # colors: costs below 1 bit, below 2, ..., 8 bits or more
-# ANSI 256 colors behind black text, for the levels from 1; level 0 has the terminal's own colors
-TERMINAL_COLORS = (230, 229, 228, 222, 215, 209, 203, 197)
+# Background of a cost below 1 bit, below 2, ..., 8 bits or more: a terminal's color, a page's.
+COLORS = {231: "#ffffff", 230: "#ffffd7", 229: "#ffffaf", 228: "#ffff87", 222: "#ffd787",
+          215: "#ffaf5f", 209: "#ff875f", 203: "#ff5f5f", 197: "#ff005f"}  # fmt: skip
+LEVELS = [*map(str, range(len(COLORS) - 1)), f"{len(COLORS) - 1} or more"]  # bits
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Cell:
 
     Args:
         text: of it.
-        nats: its cost, 0 for a token that is not predicted.
+        nats: its cost, without that of a token that is not predicted.
         predicted: whether all of it is predicted.
         likeliest: the most probable tokens in place of its first one, each with its probability.
     """
@@ -38,8 +38,8 @@ class Cell:
 
     @property
     def level(self) -> int:
-        """0 for a cost below 1 bit per character, ..., 8 for 8 bits or more."""
-        return min(LEVELS - 1, int(self.nats / len(self.text) / math.log(2)))
+        """Whole bits per character, at most 8."""
+        return min(len(COLORS) - 1, int(self.nats / len(self.text) / math.log(2)))
 
 
 class TokenCosts:
@@ -53,77 +53,58 @@ class TokenCosts:
 
     def __init__(self, tokenizer: Tokenizer, ids: np.ndarray, spans: list[Span]):
         self.tokenizer, self.ids, self.spans = tokenizer, ids, spans
-        self.nats: list[float] = []
-        self.likeliest: list[tuple[list[int], list[float]]] = []  # of the first LIMIT tokens
+        self.labels = [label(token) for token in tokenizer.bytes_of_tokens()]
+        self.nats: list[np.ndarray] = []
+        self.likeliest: list[list[tuple[str, float]]] = []  # of the first SHOWN tokens
 
     def kept(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """The pieces; their costs are kept."""
         for piece in pieces:
-            self.nats += piece.nats.tolist()
-            first = piece.log_probs[: LIMIT - len(self.likeliest)]
+            self.nats.append(piece.nats)
+            first = piece.log_probs[: SHOWN - len(self.likeliest)]
             top = first.exp().topk(min(LIKELIEST, first.shape[1]))
-            self.likeliest += zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+                names = [self.labels[i] for i in ids]
+                self.likeliest.append(list(zip(names, probabilities, strict=True)))
             yield piece
 
     def cells(self, most: float = math.inf) -> Iterator[Cell]:
-        """The text, up to the cell that has `most` tokens before its end.
-
-        Only the first LIMIT tokens have their alternatives.
-        """
-        done = 0  # predicted tokens
-        for start, stop in self.spans:
-            decode, nats, predicted, first = self.tokenizer.stream_decoder(), 0.0, False, done
-            for i, token in enumerate(self.ids[start:stop].tolist()):
-                if i > 0:
-                    nats += self.nats[done]
-                    done += 1
+        """The first `most` tokens of the text. Only the first SHOWN have alternatives."""
+        nats_of_tokens = chain.from_iterable(piece.tolist() for piece in self.nats)
+        costs = zip_longest(nats_of_tokens, self.likeliest, fillvalue=[])
+        for start, stop in first_tokens(self.spans, most):
+            tokens, decode = self.ids[start:stop].tolist(), self.tokenizer.stream_decoder()
+            nats, predicted, likeliest = 0.0, False, []
+            for i, token in enumerate([*tokens, None]):
+                if 0 < i < len(tokens):
+                    cost, alternatives = next(costs)
+                    nats, likeliest = nats + cost, likeliest or alternatives
                 if text := decode(token):
-                    yield Cell(text, nats, predicted, self.alternatives(first, predicted))
-                    nats, predicted, first = 0.0, True, done
-                    if done >= most:
-                        return
-            if text := decode(None):
-                yield Cell(text, nats, predicted, self.alternatives(first, predicted))
+                    yield Cell(text, nats, predicted, likeliest if predicted else [])
+                    nats, predicted, likeliest = 0.0, True, []
 
-    def alternatives(self, first: int, predicted: bool) -> list[tuple[str, float]]:
-        if not predicted or first >= len(self.likeliest):
-            return []
-        ids, probabilities = self.likeliest[first]
-        return list(zip(map(self.label, ids), probabilities, strict=True))
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Text, predicted characters and nats of each line, which includes its line end.
 
-    def label(self, token: int) -> str:
-        """The text of a token, visible."""
-        text = self.tokenizer.decode([token])
-        if "\ufffd" in text and self.tokenizer.kind in ("byte", "bpe"):
-            return f"token {token}"  # a part of a character
-        return {" ": "space", "\n": "line end"}.get(text) or visible(text).strip("\n")
-
-    def first_cells(self) -> tuple[list[Cell], str]:
-        """The cells of about the first LIMIT tokens, and a note if there are more."""
-        note = f"The first {LIMIT:,} tokens are shown." if len(self.nats) > LIMIT else ""
-        return list(self.cells(LIMIT)), note
-
-    def lines(self) -> Iterator[str]:
-        """A JSON object for each line: its number, text, predicted characters and nats.
-
-        The line end belongs to its line. The cost of a token is divided among its characters.
+        The cost of a token is divided among its characters.
         """
-        number, text, characters, nats = 1, "", 0, 0.0
+        text, characters, nats = "", 0, 0.0
         for cell in self.cells():
             for character in cell.text:
                 text += character
                 characters += cell.predicted
                 nats += cell.nats / len(cell.text)
                 if character == "\n":
-                    yield json_line(number, text, characters, nats)
-                    number, text, characters, nats = number + 1, "", 0, 0.0
+                    yield {"text": text, "characters": characters, "nats": nats}
+                    text, characters, nats = "", 0, 0.0
         if text:
-            yield json_line(number, text, characters, nats)
+            yield {"text": text, "characters": characters, "nats": nats}
 
 
-def json_line(number: int, text: str, characters: int, nats: float) -> str:
-    line = {"line": number, "text": text.removesuffix("\n"), "characters": characters, "nats": nats}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def label(token: bytes) -> str:
+    """The text of a token, visible; a part of a character as the escapes of its bytes."""
+    text = visible(token.decode("utf-8", "backslashreplace"))
+    return {" ": "space", "\u21b5\n": "line end"}.get(text) or text.strip("\n")
 
 
 def visible(text: str) -> str:
@@ -135,23 +116,15 @@ def visible(text: str) -> str:
     return "".join(escapes.get(c, c) for c in text)
 
 
-def show(cells: list[Cell], note: str) -> None:
+def show(cells: Iterable[Cell]) -> None:
     """Print the text in the terminal's colors, with a legend."""
-    reason = "" if sys.stdout.isatty() else "standard output is not a terminal"
-    if os.environ.get("NO_COLOR"):
-        reason = "NO_COLOR is set"
-    if reason:
-        print(f"--show prints colors only: {reason}; --html=FILE writes a page", file=sys.stderr)
-        return
-    steps = [f" {level} " for level in range(LEVELS - 1)] + [f" {LEVELS - 1} or more "]
-    print("bits: " + "".join(colored(text, level) for level, text in enumerate(steps)))
+    print("bits: " + "".join(colored(f" {bits} ", i) for i, bits in enumerate(LEVELS)))
     print("".join(colored(visible(cell.text), cell.level) for cell in cells))
-    print(f"{note}\n" if note else "")
 
 
 def colored(text: str, level: int) -> str:
-    """The text on the background of a level; a line end keeps the terminal's background."""
+    """The text on the background of a level; the lowest and line ends have the terminal's own."""
     if level == 0:
         return text
-    color = f"\x1b[38;5;16;48;5;{TERMINAL_COLORS[level - 1]}m"
+    color = f"\x1b[38;5;16;48;5;{list(COLORS)[level]}m"
     return "\n".join(line and f"{color}{line}\x1b[0m" for line in text.split("\n"))

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 
-from gpt_lightning.commands.common import Parser, pick_device, read_file
+from gpt_lightning.commands.common import Parser, errors_name_flags, pick_device, read_file
 from gpt_lightning.commands.interactive import interact
-from gpt_lightning.errors import UserError, with_flags
+from gpt_lightning.errors import UserError
 
 
 def generate_parser() -> Parser:
@@ -49,11 +49,8 @@ def generate_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """From flags to text on standard output."""
     args = generate_parser().parse_args(argv)
-    flags = {name: f"--{name}" for name in vars(args)}
-    try:
+    with errors_name_flags(args) as flags:
         generate_texts(args, flags)
-    except UserError as error:
-        raise UserError(with_flags(str(error), flags)) from error
 
 
 def generate_texts(args: argparse.Namespace, flags: dict[str, str]) -> None:

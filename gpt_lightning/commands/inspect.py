@@ -3,33 +3,35 @@
 import argparse
 import math
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
-from gpt_lightning.commands.common import Parser
-from gpt_lightning.data.corpus import Corpus, find_corpus
+from gpt_lightning.commands.common import Parser, add_corpus_flags, corpus_of, errors_name_flags
+from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.documents import corpus_error, listed
 from gpt_lightning.data.statistics import (
     END_ORDER,
     PASSAGE,
-    Characters,
-    compare_end,
-    count_characters,
     end_message,
     ngram_entropies,
-    overlap,
     repeated_message,
-    sample,
+    repeated_passages,
 )
 from gpt_lightning.data.tokenizers import KINDS, Tokenizer
-from gpt_lightning.data.tokens import prepare_tokens
-from gpt_lightning.data.windows import SPLITS, Span, split_spans
-from gpt_lightning.errors import UserError, with_flags
+from gpt_lightning.data.tokens import TokenizerSettings, floor_of_spans, prepare_tokens
+from gpt_lightning.data.windows import SPLITS, Span, first_tokens, split_spans
+from gpt_lightning.errors import UserError
 
-MOST_COMPARED = 4_000_000  # validation tokens that are looked for in the training part
+BLOCK_SIZE = 128  # for the split into blocks
+ORDER = 6  # of the largest n-gram model
+MOST_COMPARED = 1_000_000  # validation tokens that are looked for in the training part
 MOST_COUNTED = 10_000_000  # tokens for the n-gram models: 0.8 GB of memory
-NAMED = 12  # characters of each kind that are listed
+PIECE = 100_000  # tokens of a longer text that are counted together
+RARE = 10  # occurrences below which a character is rare
+NAMED = 12  # characters that are listed
+SHOWN = 3  # passages that are printed
 
 
 def inspect_parser() -> Parser:
@@ -40,172 +42,129 @@ def inspect_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add, name = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    name("corpus", nargs="?", default=argparse.SUPPRESS, metavar="NAME", help="as --corpus")
+    add = parser.add_argument
     corpus_help = "a file, a folder, a URL, tinyshakespeare or playwright"
-    name("--corpus", default="playwright", metavar="NAME", help=corpus_help)
-    add("--field", metavar="NAME", help="the field of .jsonl, .csv and .tsv rows that is the text")
-    add("--encoding", default="utf-8", metavar="NAME", help="of the files; auto detects it")
-    add("--separator", default="", metavar="TEXT", help="stands between two documents")
+    add("corpus", nargs="?", default="playwright", metavar="NAME", help=corpus_help)
+    add_corpus_flags(parser)
     add("--tokenizer", choices=KINDS, default="char", help="what a token is")
     add("--split", choices=SPLITS, default="tail", help="the validation part: the end, or blocks")
     val_help = "share of the text that is held out"
     add("--val_fraction", type=float, default=0.1, metavar="X", help=val_help)
-    add("--block_size", type=int, default=128, metavar="T", help="for the split into blocks")
-    add("--order", type=int, default=6, metavar="N", help="of the largest n-gram model")
     return parser
 
 
 def main(argv: list[str]) -> None:
     """From flags to a report on standard output."""
     args = inspect_parser().parse_args(argv)
-    try:
+    with errors_name_flags(args) as flags:
+        del flags["corpus"]  # it has no flag
         report(args)
-    except UserError as error:
-        raise UserError(
-            with_flags(str(error), {name: f"--{name}" for name in vars(args)})
-        ) from error
 
 
 def report(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction < 1:
         raise UserError(f"val_fraction={args.val_fraction} must be above 0 and below 1")
-    for name, value in (("order", args.order), ("block_size", args.block_size)):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
-    how = {"field": args.field, "encoding": args.encoding, "separator": args.separator}
-    corpus = find_corpus(args.corpus, **how)
-    characters = count_characters(corpus.chunks())
-    print_characters(corpus, characters)
-
-    file = prepare_tokens(corpus, args.tokenizer)
-    ids, tokenizer = file.open(), file.tokenizer
-    train, val = split_spans(len(ids), args.split, args.val_fraction, args.block_size)
-    train_size, val_size = (sum(stop - start for start, stop in part) for part in (train, val))
-    if not train_size or val_size < 2:
+    corpus = corpus_of(args.corpus, vars(args))
+    file = prepare_tokens(corpus, TokenizerSettings(args.tokenizer))
+    ids, tokenizer = file.ids, file.tokenizer
+    train, val = split_spans(len(ids), args.split, args.val_fraction, BLOCK_SIZE)
+    if not size(train) or size(val) < 2:
         raise corpus_error(
             corpus.name,
             f" has {len(ids):,} tokens, too few to hold out val_fraction={args.val_fraction} of "
             "them; give more text or another val_fraction",
         )
-    print(f"\nsplit         {args.split}: {train_size:,} tokens to train on, {val_size:,} held out")
-    warnings = [print_overlap(corpus, tokenizer, ids, train, val)]
+    print_characters(corpus, file.documents)
+    print(
+        f"\nsplit         {args.split}: {size(train):,} tokens to train on, {size(val):,} held out"
+    )
+    warnings = [print_repeated(corpus, tokenizer, ids, train, val)]
 
-    counted = ids
-    part = val
-    if len(ids) > MOST_COUNTED:
-        pieces = sample(train, round(MOST_COUNTED * train_size / len(ids)))
-        held_out = sample(val, round(MOST_COUNTED * val_size / len(ids)))
-        counted = np.concatenate([ids[slice(*span)] for span in [*pieces, *held_out]])
-        part = [(sum(stop - start for start, stop in pieces), len(counted))]
+    counted = sample(ids)
+    parts = [
+        split_spans(len(counted), split, args.val_fraction, BLOCK_SIZE)[1]
+        for split in (args.split, "blocks")
+    ]
+    own, of_blocks = ngram_entropies(counted, tokenizer.vocab_size, parts, ORDER)
+    if len(counted) < len(ids):
         print(f"sample        the rest is counted on {len(counted):,} tokens of the text")
     if args.split == "tail":
-        end = compare_end(counted, tokenizer.vocab_size, (0, part[0][0]), part[0], args.block_size)
+        end, blocks = own[END_ORDER - 1], of_blocks[END_ORDER - 1]
         print(
-            f"the end       {end.end:.3f} nats per token for a {END_ORDER}-gram model; "
-            f"{end.blocks:.3f} for blocks of the whole text; {min(end.others):.3f} to "
-            f"{max(end.others):.3f} for other stretches"
+            f"the end       {end:.3f} nats per token for a {END_ORDER}-gram model; "
+            f"{blocks:.3f} for blocks of the whole text"
         )
-        warnings.append(end_message(end))
-    print_entropies(corpus, tokenizer, ids, val, counted, part, args.order)
+        warnings.append(end_message(end, blocks))
+
+    held_out = np.concatenate([counted[start:stop] for start, stop in parts[0]])
+    scale = len(held_out) / tokenizer.count_characters(held_out)  # tokens per character
+    print("\nloss on the validation part, in nats per character")
+    print(f"uniform       {math.log(tokenizer.vocab_size) * scale:.4f}")
+    for n, nats in enumerate(own * scale, 1):
+        print(f"{n}-gram        {nats:.4f}")
+    if (floor := floor_of_spans(corpus, tokenizer, ids, val)) is not None:
+        print(f"floor         {floor:.4f}  no model is better")
     for warning in filter(None, warnings):
         print(f"\nwarning: {warning}")
 
 
-def print_characters(corpus: Corpus, found: Characters) -> None:
-    counts, total = found.counts, found.total
+def size(spans: list[Span]) -> int:
+    return sum(stop - start for start, stop in spans)
+
+
+def sample(ids: np.ndarray) -> np.ndarray:
+    """The text, or evenly spread pieces of one that has more than MOST_COUNTED tokens."""
+    pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+    return np.concatenate(pieces[:: math.ceil(len(ids) / MOST_COUNTED)])
+
+
+def print_characters(corpus: Corpus, documents: int) -> None:
+    counts: Counter[str] = Counter()
+    for chunk in corpus.chunks():
+        counts.update(chunk)
+    total, lines = counts.total(), counts["\n"]
+    in_utf8 = sum(len(c.encode("utf-8", "surrogatepass")) * n for c, n in counts.items())
     print(f"text          {corpus.name}")
-    files = f"{len(corpus.files):,} file{'s' * (len(corpus.files) > 1)}"
-    if any(file.field for file in corpus.files):
-        files += f", {sum(n for n, _ in corpus.counted_chunks(1 << 22)):,} documents"
-    files += listed("; left out: ", corpus.left_out)
     print(
-        f"size          {total:,} characters, {found.utf8_bytes:,} bytes in UTF-8, "
-        f"{found.lines:,} lines, {files}"
+        f"size          {total:,} characters, {in_utf8:,} bytes in UTF-8, {lines:,} lines, "
+        f"files: {len(corpus.files):,}, documents: {documents:,}"
+        + listed("; left out: ", corpus.left_out)
     )
-    print(f"longest line  {found.longest:,} characters, line {found.longest_line:,}")
-    frequent = [f"{c!r} {count / total:.1%}" for c, count in counts.items()]
+    frequent = [f"{c!r} {n / total:.1%}" for c, n in counts.most_common()]
     print(listed(f"characters    {len(counts):,} different: ", frequent, NAMED))
-    scripts, letters = found.scripts(), sum(found.scripts().values())
-    if scripts:
-        shares = [f"{name.title()} {count / letters:.1%}" for name, count in scripts.items()]
-        print(f"letters       {letters / total:.1%} of the text{listed(': ', shares)}")
-    for name, chosen in (
-        ("once", [c for c, count in counts.items() if count == 1]),
-        ("2 to 9 times", [c for c, count in counts.items() if 1 < count < 10]),
-    ):
-        print(
-            f"{name:<14}{listed(f'{len(chosen):,}: ', list(map(describe, chosen)), NAMED) or '0'}"
-        )
+    rare = [
+        f"{n} U+{ord(c):04X} {unicodedata.name(c, 'without a name')}"
+        for c, n in reversed(counts.most_common())
+        if n < RARE
+    ]
+    print(f"rare          {len(rare):,} occur less than {RARE} times" + listed(": ", rare, NAMED))
 
 
-def describe(c: str) -> str:
-    """A character as U+0041 LATIN CAPITAL LETTER A."""
-    return f"U+{ord(c):04X} {unicodedata.name(c, 'without a name')}"
-
-
-def print_overlap(
+def print_repeated(
     corpus: Corpus, tokenizer: Tokenizer, ids: np.ndarray, train: list[Span], val: list[Span]
 ) -> str:
     """Print what the validation part repeats; returns the warning, if any."""
-    compared = sample(val, MOST_COMPARED)
-    found = overlap(ids, train, compared)
-    of = "" if compared is val else f" (a sample of {MOST_COMPARED:,})"
+    compared = first_tokens(val, MOST_COMPARED)
+    passages, share = repeated_passages(ids, train, compared)
     print(
-        f"repeated      {found.share:.2%} of the validation tokens{of} follow {PASSAGE} tokens "
-        "that occur in the training part, too"
+        f"repeated      {share:.2%} of the passages of {PASSAGE} tokens in {size(compared):,} "
+        "validation tokens are in the training part, too"
     )
-    if found.length:
-        text = tokenizer.decode(ids[found.val_start : found.val_start + min(found.length, 60)])
-        places = [place(corpus, tokenizer, ids, at) for at in (found.val_start, found.train_start)]
-        print(
-            f"              the longest passage has {found.length:,} tokens: validation "
-            f"{places[0]}, training {places[1]}: {text[:60]!r}"
-        )
-    return repeated_message(found)
+    for length, val_start, train_start in sorted(passages, reverse=True)[:SHOWN]:
+        text = tokenizer.decode(ids[val_start : val_start + min(length, 60)])
+        places = [place(corpus, tokenizer, ids, start) for start in (val_start, train_start)]
+        print(f"{length:>7,} tokens: validation {places[0]}, training {places[1]}: {text[:60]!r}")
+    return repeated_message(share)
 
 
 def place(corpus: Corpus, tokenizer: Tokenizer, ids: np.ndarray, token: int) -> str:
-    """The line of a token, as `line 12`, or `line 12 of FILE` if there are several files."""
-    step = 1 << 20
-    starts = range(0, token, step)
-    line = sum(tokenizer.decode(ids[a : min(a + step, token)]).count("\n") for a in starts)
-    if len(corpus.files) > 1:
-        for file in corpus.files:
-            text = count_characters(replace(corpus, files=(file,)).chunks())
-            lines = text.counts.get("\n", 0) + corpus.separator.count("\n")
-            if not corpus.separator:
-                lines = text.lines  # each file ends with a line end
-            if line < lines:
-                return f"line {line + 1:,} of {file}"
-            line -= lines
-    return f"line {line + 1:,}"
-
-
-def print_entropies(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    ids: np.ndarray,
-    val: list[Span],
-    counted: np.ndarray,
-    part: list[Span],
-    order: int,
-) -> None:
-    """Print the losses of n-gram models on the validation part, and the floor if it is known.
-
-    The models are counted on `counted`, which is `ids` or a sample of them, without `part`.
-    """
-    size = sum(stop - start for start, stop in part)
-    characters = sum(tokenizer.count_characters(counted[slice(*span)]) for span in part)
-    scale = size / max(1, characters)  # tokens per character
-    entropies = ngram_entropies(counted, tokenizer.vocab_size, [part], order)[0] * scale
-    print("\nloss on the validation part, in nats per character")
-    print(f"uniform       {math.log(tokenizer.vocab_size) * scale:.4f}")
-    for n, nats in enumerate(entropies, 1):
-        print(f"{n}-gram        {nats:.4f}{'  the lowest' if nats == entropies.min() else ''}")
-    if corpus.floor_path is not None:
-        count = tokenizer.count_characters
-        spans = [[count(ids[:n]) for n in (start + 1, stop)] for start, stop in val]
-        floors = [corpus.floor(*span) for span in spans]
-        floor = np.average(np.array(floors, float), weights=[b - a for a, b in spans])
-        print(f"floor         {floor:.4f}  no model is better")
+    """The line of a token, and its file if there are several."""
+    line = tokenizer.decode(ids[:token]).count("\n") + 1
+    for file in corpus.files:
+        text = "".join(replace(corpus, files=(file,)).chunks())
+        between = corpus.separator or ("" if text.endswith("\n") else "\n")
+        lines = (text + between).count("\n")
+        if line <= lines:
+            break
+        line -= lines
+    return f"line {line:,}" + (f" of {file}" if len(corpus.files) > 1 else "")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import ModuleType
 
 import numpy as np
 
-from gpt_lightning.data.tokenizers import pieces_of
+from gpt_lightning.data.tokenizers import ByteTokenizer
 from gpt_lightning.errors import UserError
 
 
@@ -33,7 +32,7 @@ def _import_tokenizers() -> ModuleType:
     return tokenizers
 
 
-class BPETokenizer:
+class BPETokenizer(ByteTokenizer):
     """Byte pair encoding of UTF-8 bytes, as GPT-2's: no unknown characters.
 
     Ids 0 to 255 are the bytes; each merge of two tokens makes a further one.
@@ -51,7 +50,7 @@ class BPETokenizer:
 
     def __init__(self, vocabulary: str):
         tokenizers = _import_tokenizers()
-        ids = dict(zip(BYTE_CHARACTERS, range(256), strict=True))
+        ids = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
         merges = []
         for line in vocabulary.splitlines() if isinstance(vocabulary, str) else [""]:
             left, _, right = line.partition(" ")
@@ -64,9 +63,8 @@ class BPETokenizer:
         self.dtype = np.min_scalar_type(self.vocab_size - 1)
         self._encoder = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
         self._encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        code = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
-        self._tokens = [bytes(code[character] for character in token) for token in ids]
-        self._lengths = np.array([sum(b & 0xC0 != 0x80 for b in t) for t in self._tokens])
+        byte_of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+        super().__init__([bytes(map(byte_of.__getitem__, token)) for token in ids])
 
     @classmethod
     def train(cls, chunks: Iterable[str], size: int) -> BPETokenizer:
@@ -98,29 +96,6 @@ class BPETokenizer:
         """The ids of `text`: (T,) of `dtype`. Lone surrogates, which no file has, become "?"."""
         text = text.encode("utf-8", "replace").decode()
         return np.array(self._encoder.encode(text).ids, self.dtype)
-
-    def decode(self, ids) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join([self._tokens[i] for i in np.asarray(ids).tolist()]).decode(
-            "utf-8", "replace"
-        )
-
-    def stream_decoder(self) -> Callable[[int | None], str]:
-        """A function from one id to the text that it completes, or "" within a character.
-
-        Called with None it returns what is left at the end of the text.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: (
-            decoder.decode(b"", True) if token is None else decoder.decode(self._tokens[token])
-        )
-
-    def count_characters(self, ids) -> int:
-        """The number of characters that begin in `ids`."""
-        return sum(int(self._lengths.take(piece).sum()) for piece in pieces_of(ids))
-
-    def bytes_of_tokens(self) -> list[bytes]:
-        return self._tokens
 
     def state(self) -> dict:
         return {"kind": self.kind, "vocabulary": self.vocabulary}

@@ -23,7 +23,7 @@ import os
 import re
 import string
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -116,9 +116,9 @@ class Corpus:
         files are read is part of it if that is not the default.
         """
         digests = [file_sha256(path) for path in self.paths]
-        how = [self.separator, *(file.how for file in self.files)]
-        if any(how):
-            digests.append(json.dumps(how))
+        how = [(file.encoding, file.field, file.field and file.kind) for file in self.files]
+        if self.separator or set(how) != {("utf-8", None, None)}:
+            digests.append(json.dumps([self.separator, how]))
         elif len(digests) == 1:
             return digests[0]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -168,17 +168,10 @@ def find_corpus(
     left_out = tuple(f"{os.path.relpath(file, folder)} ({why})" for file, why in reasons.items())
     if not files:
         raise corpus_error(name, " has no text in it" + listed(": ", left_out))
-    if encoding == "auto":
-        _report_encodings(files)
+    for found in sorted({file.encoding for file in files}) if encoding == "auto" else ():
+        names = [str(file) for file in files if file.encoding == found]
+        print(listed(f"encoding=auto found {found}: ", names), file=sys.stderr)
     return Corpus(name, tuple(files), separator, left_out=left_out)
-
-
-def _report_encodings(files: Sequence[TextFile]) -> None:
-    by_encoding: dict[str, list[str]] = {}
-    for file in files:
-        by_encoding.setdefault(file.encoding, []).append(str(file))
-    for encoding, names in by_encoding.items():
-        print(listed(f"encoding=auto found {encoding}: ", names), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -287,9 +280,8 @@ def _from_url(name: str) -> Path:
     if re.match("[^/]*//[^/?]*@", url):  # the name would be written to logs and checkpoints
         raise corpus_error("URL", ": a URL with a user name or a password is not accepted")
     protocol = url.partition("://")[0].lower()
-    if protocol not in ("http", "https", *REMOTE) or (protocol in REMOTE and "::" in url):
-        known = ", ".join(f"{known}://" for known in ("https", *REMOTE))
-        raise corpus_error(name, f": URLs begin with one of {known}")
+    if protocol not in ("http", "https", *REMOTE):
+        raise corpus_error(name, f": URLs begin with one of {'://, '.join(('https', *REMOTE))}://")
     if protocol == "http" and not digest and not re.match(SECURE, url, re.IGNORECASE):
         advice = "plain http can be changed on the way; use https:// or add #sha256=HEX"
         raise corpus_error(name, f": {advice}")

@@ -8,17 +8,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from gpt_lightning.data.corpus import Corpus, corpus_error, find_corpus
+from gpt_lightning.data.corpus import Corpus, find_corpus
 from gpt_lightning.data.documents import JSON_LINES, TABLES
 from gpt_lightning.data.tokenizers import KINDS, UNKNOWN, choose
-from gpt_lightning.data.tokens import TokenFile, prepare_tokens
+from gpt_lightning.data.tokens import TokenFile, TokenizerSettings, floor_of_spans, prepare_tokens
 from gpt_lightning.data.windows import (
     SPLITS,
     RandomWindows,
@@ -61,18 +61,14 @@ class Loader:
     Lightning uses an iterable that is not a DataLoader as it is.
     """
 
-    def __init__(self, data: "TextDataModule"):
-        self.data = data
+    def __init__(self, data: "TextDataModule", tokens: np.ndarray):
+        self.data, self.tokens = data, tokens
 
     def __iter__(self) -> Iterator[Batch]:
-        tokens, pin = self.tokens(), self.data.device_type == "cuda"
+        pin = self.data.device_type == "cuda"
         for starts, length in self.places():
-            x, y = gather(tokens, starts, length)
+            x, y = gather(self.tokens, starts, length)
             yield (x.pin_memory(), y.pin_memory()) if pin else (x, y)
-
-    def tokens(self) -> np.ndarray:
-        """The ids that the windows are of."""
-        return self.data.tokens
 
     # Lightning warns when a run resumes with loaders that lack these two.
     def state_dict(self) -> dict:
@@ -108,13 +104,10 @@ class ExactLoader(Loader):
     """Batches of the validation text, divided among the ranks: each token is predicted once."""
 
     def __init__(self, data: "TextDataModule", batch_size: int):
-        super().__init__(data)
+        super().__init__(data, data.val_ids)
         rank, world_size = data.rank_and_world_size
         batches = exact_batches(data.val_spans, data.hparams.block_size, batch_size)
         self.batches = list(batches)[rank::world_size]
-
-    def tokens(self) -> np.ndarray:
-        return self.data.val_ids
 
     def places(self) -> Iterator[tuple[np.ndarray, int]]:
         for start, count, length in self.batches:
@@ -165,6 +158,8 @@ class TextDataModule(LightningDataModule):
         tokens: (N,) ids of the whole text, memory-mapped, in the smallest unsigned type that fits.
         val_text, val_ids: corpus and ids of the text that is validated; `corpus` and `tokens`
             unless `val_corpus` is given. After `setup("test")` those of `test_corpus`.
+        val_characters: characters that the validation loss predicts: those that begin in its
+            tokens.
         tokenizer, vocab_size: of this text.
         train_spans, val_spans: lists of (start, stop), of training text in `tokens` and of
             validation text in `val_ids`.
@@ -220,18 +215,8 @@ class TextDataModule(LightningDataModule):
         if not 0 < val_fraction <= 1:
             raise UserError(f"val_fraction={val_fraction} must be above 0 and at most 1")
         self.token_file: TokenFile | None = None
-        self.held_out: dict[str, tuple[Corpus, TokenFile]] = {}  # by setting
-        self.val_text: Corpus | None = None
+        self.held_out: dict[str, TokenFile] = {}  # by setting
         self.windows: SlidingWindows | RandomWindows
-
-    def __getstate__(self) -> dict:
-        """What a process that is started by `spawn` receives: the path of the ids, not the ids."""
-        return {k: v for k, v in vars(self).items() if k not in ("tokens", "val_ids")}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        if "val_spans" in state:  # it was set up
-            self.tokens, self.val_ids = self.token_file.open(), self.val_file.open()
 
     # --- Lightning's hooks ------------------------------------------------------------------------
 
@@ -239,43 +224,34 @@ class TextDataModule(LightningDataModule):
         """Find or download the text and encode it into the cache; a second call does nothing."""
         if self.token_file is not None:
             return
-        hp, source = self.hparams, None
-        self.corpus = self._find("corpus")
-        if hp.field is not None and not any(file.field for file in self.corpus.files):
-            kinds = ", ".join((*JSON_LINES, *TABLES))
-            raise UserError(
-                f"field={hp.field} is for files that end in {kinds}; corpus={self.corpus.name} has "
-                "none"
-            )
+        hp, vocabulary_corpus = self.hparams, None
+        corpus = self._find("corpus")
         if hp.vocabulary is None and hp.vocabulary_corpus is not None:
-            source = self._find("vocabulary_corpus")
-        token_file = prepare_tokens(
-            self.corpus,
-            hp.tokenizer,
-            hp.unknown,
-            hp.vocabulary,
-            hp.min_count,
-            hp.max_vocab_size,
-            source,
+            with _named("vocabulary_corpus"):
+                vocabulary_corpus = self._find("vocabulary_corpus")
+        unknown = hp.unknown or ("replace" if hp.min_count > 1 else "error")
+        settings = TokenizerSettings(
+            hp.tokenizer, unknown, hp.vocabulary, hp.min_count, hp.max_vocab_size
         )
-        vocabulary = token_file.tokenizer.state().get("vocabulary")
+        token_file = prepare_tokens(corpus, settings, vocabulary_corpus)
+        settings = replace(settings, vocabulary=token_file.tokenizer.state().get("vocabulary"))
         for setting in ("val_corpus", "test_corpus"):
             if hp[setting] is not None:
-                corpus = self._find(setting)
                 with _named(setting):
-                    file = prepare_tokens(
-                        corpus, hp.tokenizer, hp.unknown, vocabulary, hp.min_count
-                    )
-                self.held_out[setting] = corpus, file
-        self.token_file = token_file
+                    self.held_out[setting] = prepare_tokens(self._find(setting), settings)
+        texts = [corpus, vocabulary_corpus, *(file.corpus for file in self.held_out.values())]
+        if hp.field is not None and not any(f.field for text in texts if text for f in text.files):
+            kinds = ", ".join((*JSON_LINES, *TABLES))
+            message = f"field={hp.field} is for files that end in {kinds}"
+            raise UserError(f"{message}; corpus={corpus.name} has none")
+        self.token_file, self.corpus = token_file, corpus
 
     def _find(self, setting: str) -> Corpus:
         """The corpus that a setting names."""
         hp = self.hparams
-        with _named(setting):
-            return find_corpus(
-                hp[setting], field=hp.field, encoding=hp.encoding, separator=hp.separator
-            )
+        return find_corpus(
+            hp[setting], field=hp.field, encoding=hp.encoding, separator=hp.separator
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Set the attributes; training windows only if `stage` is "fit" or None.
@@ -287,22 +263,19 @@ class TextDataModule(LightningDataModule):
         self.corpus_sha256 = self.token_file.corpus_sha256
         self.tokenizer = self.token_file.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
-        if not hasattr(self, "tokens"):  # the file may have been removed from the cache since
-            self.tokens = self.token_file.open()
-        own = hp.test_corpus is not None and stage == "test"
-        setting = "test_corpus" if own else "val_corpus"
-        text, file = self.held_out.get(setting, (self.corpus, self.token_file))
-        if self.val_text is not text:
-            self.val_text, self.val_file, self.val_ids = text, file, file.open()
-            vars(self).pop("val_characters", None)  # of another text
+        setting = "test_corpus" if stage == "test" and hp.test_corpus else "val_corpus"
+        self.val_file = self.held_out.get(setting, self.token_file)
+        self.val_text = self.val_file.corpus
         self.train_spans, self.val_spans = self._split(hp.block_size)
-        if self.val_tokens < 1 and text is not self.corpus:
-            raise UserError(f"{setting}={text.name} has {len(self.val_ids):,} tokens, too few")
+        predicted = [self.val_ids[start + 1 : stop] for start, stop in self.val_spans]
+        self.val_characters = sum(map(self.tokenizer.count_characters, predicted))
         if self.val_tokens < 1:
-            raise corpus_error(
-                self.corpus.name,
-                f" has {len(self.tokens):,} tokens, too few to hold out val_fraction="
-                f"{hp.val_fraction} of them; give more text or a larger val_fraction",
+            share = ""
+            if self.val_file is self.token_file:
+                setting, share = "corpus", f" val_fraction={hp.val_fraction} of them"
+            raise UserError(
+                f"{setting}={self.val_text.name} has {len(self.val_ids):,} tokens, too few to "
+                f"validate on{share}; give more text"
             )
         if stage not in (None, "fit"):
             return
@@ -317,8 +290,8 @@ class TextDataModule(LightningDataModule):
                 block_size //= 2
             raise UserError(
                 f"block_size={hp.block_size} with batch_size={hp.batch_size} is too large for a "
-                f"text of {len(self.tokens):,} tokens with {self._held_out_by()}; {sizes}give more "
-                "text"
+                f"text of {len(self.tokens):,} tokens, validated on "
+                f"{self.val_tokens + len(self.val_spans):,}; {sizes}give more text"
             )
 
     def _split(self, block_size: int) -> tuple[list[Span], list[Span]]:
@@ -326,14 +299,9 @@ class TextDataModule(LightningDataModule):
         train, val = split_spans(len(self.tokens), hp.split, hp.val_fraction, block_size)
         if hp.val_corpus is not None:
             train = [(0, len(self.tokens))]
-        if self.val_text is not self.corpus:
+        if self.val_file is not self.token_file:
             val = [(0, len(self.val_ids))]
         return train, val if hp.max_val_tokens is None else first_tokens(val, hp.max_val_tokens)
-
-    def _held_out_by(self) -> str:
-        if self.hparams.val_corpus is None:
-            return f"val_fraction={self.hparams.val_fraction}"
-        return f"val_corpus={self.val_text.name} of {len(self.val_ids):,} tokens"
 
     def _windows(self, block_size: int) -> SlidingWindows | RandomWindows:
         """The training windows of this size."""
@@ -351,26 +319,33 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         self.setup("fit")
-        return TrainLoader(self)
+        return TrainLoader(self, self.tokens)
 
     def val_dataloader(self) -> ExactLoader:
-        self.setup("validate")
-        return self._exact_loader()
+        return self._exact_loader("validate")
 
-    def _exact_loader(self) -> ExactLoader:
+    def test_dataloader(self) -> ExactLoader:
+        return self._exact_loader("test")
+
+    predict_dataloader = val_dataloader
+
+    def _exact_loader(self, stage: str) -> ExactLoader:
+        self.setup(stage)
         T, B = self.hparams.block_size, self.hparams.batch_size
         # Without gradients a batch needs less memory; the logits (B, T, V) bound it.
         tokens = VAL_TOKENS_CPU if self.device_type == "cpu" else VAL_TOKENS
         tokens = min(tokens, VAL_LOGITS // self.vocab_size)
         return ExactLoader(self, max(B, min(16 * B, tokens // T)))
 
-    def test_dataloader(self) -> ExactLoader:
-        self.setup("test")
-        return self._exact_loader()
-
-    predict_dataloader = val_dataloader
-
     # --- what the rest of the package asks --------------------------------------------------------
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.token_file.ids
+
+    @property
+    def val_ids(self) -> np.ndarray:
+        return self.val_file.ids
 
     @property
     def rank_and_world_size(self) -> tuple[int, int]:
@@ -385,22 +360,10 @@ class TextDataModule(LightningDataModule):
     @property
     def val_floor(self) -> float | None:
         """Nats per character that no model can beat on the validation text, if known."""
-        hp, count = self.hparams, self.tokenizer.count_characters
-        if (
-            self.val_text.floor_path is None
-            or hp.min_count > 1
-            or hp.unknown in ("drop", "replace")
-        ):
+        hp = self.hparams
+        if hp.min_count > 1 or hp.unknown in ("drop", "replace"):
             return None
-        spans = [[count(self.val_ids[:n]) for n in (a + 1, b)] for a, b in self.val_spans]
-        costs = [self.val_text.floor(*characters) for characters in spans]
-        return float(np.average(costs, weights=[b - a for a, b in spans]))
-
-    @cached_property
-    def val_characters(self) -> int:
-        """Characters that the validation loss predicts: those that begin in the tokens."""
-        spans = [self.val_ids[start + 1 : stop] for start, stop in self.val_spans]
-        return sum(self.tokenizer.count_characters(ids) for ids in spans)
+        return floor_of_spans(self.val_text, self.tokenizer, self.val_ids, self.val_spans)
 
     @property
     def tokens_per_character(self) -> float:

@@ -19,26 +19,22 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO
 from zipfile import BadZipFile, ZipFile
 
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.errors import UserError
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 JSON_LINES, TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 RUN_FOLDERS = ("lightning_logs", "checkpoints")  # what runs write is not part of a text
-MAX_ROW = 1 << 26  # characters: a row is read as a whole
+MAX_FIELD = 1 << 30  # characters of a field of a table
+UNLIKELY = ["mac_roman", "mac_latin2", "mac_iceland", "mac_turkish", "hp_roman8", "cp775"]
 SAMPLE = 1 << 16  # bytes from which an encoding is guessed
-DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, BadZipFile, NotImplementedError)
-BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, BadZipFile, RuntimeError)  # encrypted
 
 
 @dataclass(frozen=True)
@@ -65,27 +61,6 @@ class TextFile:
         """The suffix that tells the format: ".csv" of `rows.csv.gz`."""
         return split_suffixes(self.member or self.path.name)[0]
 
-    @property
-    def how(self) -> str:
-        """How the file is read, if not as plain UTF-8 text; "" if it is."""
-        if self.field is None:
-            return "" if self.encoding == "utf-8" else self.encoding
-        return f"{self.encoding}, {self.kind}: {self.field}"
-
-    @contextlib.contextmanager
-    def open(self, archive: ZipFile | None = None) -> Iterator[BinaryIO]:
-        """The decompressed bytes. `archive` is that of a member, if it is open already."""
-        compression = split_suffixes(self.member or self.path.name)[1]
-        with contextlib.ExitStack() as stack:
-            if self.member:
-                archive = archive or stack.enter_context(ZipFile(self.path))
-                file = stack.enter_context(archive.open(self.member))
-            else:
-                file = stack.enter_context(self.path.open("rb"))
-            if compression:
-                file = stack.enter_context(OPENERS[compression](file))
-            yield file
-
 
 def split_suffixes(name: str) -> tuple[str, str]:
     """The suffixes of format and compression, in lower case: (".csv", ".gz") of `rows.csv.gz`."""
@@ -106,9 +81,6 @@ def corpus_error(name: object, message: str) -> UserError:
     return UserError(f"corpus={name}{message}")
 
 
-# --- which files ----------------------------------------------------------------------------------
-
-
 def check_encoding(encoding: str) -> str:
     """The canonical name of a codec of Python; "auto" stays as it is.
 
@@ -118,13 +90,15 @@ def check_encoding(encoding: str) -> str:
     if encoding == "auto":
         return encoding
     try:
-        b"a".decode(encoding, "replace")
+        b"a".decode(encoding, "replace")  # "hex" is a codec, but not for text
         return codecs.lookup(encoding).name
-    except (LookupError, UnicodeError, ValueError):
-        hint = did_you_mean(encoding.lower(), ["utf-8", "utf-16", "latin-1", "cp1252", "auto"])
+    except (LookupError, ValueError):
         raise UserError(
-            f"encoding={encoding} is neither auto nor a text encoding of Python{hint}"
+            f"encoding={encoding} is neither auto nor a text encoding of Python, such as cp1252"
         ) from None
+
+
+# --- which files ----------------------------------------------------------------------------------
 
 
 def find_text_files(
@@ -145,28 +119,36 @@ def find_text_files(
     """
     found, left_out = [], {}
     for path in paths:
-        with _damage_reported(path), _open_archive(path) as archive:
-            for member in [""] if archive is None else _members(archive):
-                file = TextFile(path, member, encoding)
-                if reason := _why_not_text(file, archive):
+        if not path.is_file():
+            left_out[str(path)] = "a link to a folder" if path.is_dir() else "not a regular file"
+            continue
+        with _damage_reported(path):
+            for member, content in _contents(path):
+                file = TextFile(path, member, encoding, field)
+                if reason := _why_not_text(content.read(8192), encoding):
                     left_out[str(file)] = reason
                     continue
-                found.append(
-                    TextFile(
-                        path,
-                        member,
-                        detect_encoding(file, archive) if encoding == "auto" else encoding,
-                        field if file.kind in (*JSON_LINES, *TABLES) else None,
-                    )
-                )
+                if encoding == "auto":
+                    content.seek(0)
+                    file = replace(file, encoding=_detect_encoding(file, content))
+                if file.kind not in (*JSON_LINES, *TABLES):
+                    file = replace(file, field=None)
+                found.append(file)
     return found, left_out
 
 
-def _open_archive(path: Path) -> contextlib.AbstractContextManager[ZipFile | None]:
-    """The archive at this path; None if another file is there."""
-    if path.suffix.lower() == ".zip" and path.is_file():
-        return ZipFile(path)
-    return contextlib.nullcontext()
+def _contents(path: Path, members: Iterable[str] = ()) -> Iterator[tuple[str, BinaryIO]]:
+    """Name and decompressed content of these members of an archive, or of all that are text files.
+
+    Another file is its only member, "".
+    """
+    archive: Any = ZipFile(path) if path.suffix.lower() == ".zip" else None
+    with archive or contextlib.nullcontext():
+        for member in members or (_members(archive) if archive else [""]):
+            opener = OPENERS.get(split_suffixes(member or path.name)[1], contextlib.nullcontext)
+            file = archive.open(member) if archive else path.open("rb")
+            with file, opener(file) as content:
+                yield member, content
 
 
 def _members(archive: ZipFile) -> list[str]:
@@ -180,25 +162,19 @@ def _members(archive: ZipFile) -> list[str]:
     )
 
 
-def _why_not_text(file: TextFile, archive: ZipFile | None) -> str:
-    """Why this is not a text file, as far as its first bytes tell; "" if it is one."""
-    if file.path.is_dir():
-        return "a link to a folder"
-    if not file.path.is_file():
-        return "not a regular file"
-    if archive and archive.getinfo(file.member).flag_bits & 1:
-        return "encrypted"
-    with file.open(archive) as content:
-        head = content.read(8192)
-    bom = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
-    if bom and file.encoding == "utf-8":
-        return f"{bom}; read it with encoding={bom} or auto"
-    encoding = file.encoding if file.encoding != "auto" else bom or "utf-8"
-    return "empty" if not head else "binary" if "\0" in head.decode(encoding, "replace") else ""
+def _why_not_text(head: bytes, encoding: str) -> str:
+    """Why a file that begins with `head` is not a text file; "" if it may be one."""
+    if not head:
+        return "empty"
+    if head.startswith(UTF_16) and encoding == "utf-8":
+        return "utf-16; read it with encoding=utf-16 or auto"
+    if encoding == "auto":
+        encoding = "utf-16" if head.startswith(UTF_16) else "utf-8"
+    return "binary" if "\0" in head.decode(encoding, "replace") else ""
 
 
-def detect_encoding(file: TextFile, archive: ZipFile | None = None) -> str:
-    """`utf-8` if the whole file is UTF-8; otherwise what charset-normalizer guesses.
+def _detect_encoding(file: TextFile, content: BinaryIO) -> str:
+    """`utf-8` if all of the content is UTF-8; otherwise what charset-normalizer guesses.
 
     It guesses from the lines around the first character that is not UTF-8.
 
@@ -208,25 +184,32 @@ def detect_encoding(file: TextFile, archive: ZipFile | None = None) -> str:
     from charset_normalizer import from_bytes
 
     decoder, sample = codecs.getincrementaldecoder("utf-8")(), b""
-    with file.open(archive) as content:
-        try:
-            # whole lines, so that no character is cut
-            for sample in iter(lambda: content.read(SAMPLE) + content.readline(SAMPLE), b""):
-                decoder.decode(sample)
-            decoder.decode(b"", final=True)
-            return "utf-8"
-        except UnicodeDecodeError:
-            pass
-    for mark, name in BOMS.items():
-        if sample.startswith(mark):
-            return name
-    lines = [line for line in sample.splitlines(True) if not line.isascii()]
-    matches = from_bytes(b"".join(lines))
+    try:
+        # whole lines, so that no character is cut
+        for sample in iter(lambda: content.read(SAMPLE) + content.readline(SAMPLE), b""):
+            decoder.decode(sample)
+        decoder.decode(b"", final=True)
+        return "utf-8"
+    except UnicodeDecodeError:
+        if not sample.startswith(UTF_16):
+            sample = b"".join(line for line in sample.splitlines(True) if not line.isascii())
+    matches = from_bytes(sample, cp_exclusion=UNLIKELY)
     if not matches:
         raise corpus_error(file, " is in no encoding that is known; name it with encoding=NAME")
-    # of equally good ones the most widely used
-    best = min(matches, key=lambda m: (m.chaos, -m.coherence, m.encoding != "cp1252"))
+    # of those that make as few odd characters the most widely used
+    best = min(matches, key=lambda m: (m.chaos, m.encoding != "cp1252", -m.coherence))
     return codecs.lookup(best.encoding).name
+
+
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    """Turn what the readers of archives and compressed files raise into a UserError."""
+    try:
+        yield
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file cannot be read at all
+        raise corpus_error(path, f" is damaged, or not what its suffix says ({error})") from error
 
 
 # --- what is in them ------------------------------------------------------------------------------
@@ -241,85 +224,60 @@ def read_documents(files: Sequence[TextFile], size: int) -> Iterator[tuple[bool,
         UserError: if a file is damaged, is not in its encoding, or has a row without the field.
     """
     for path, group in groupby(files, key=lambda file: file.path):
-        with _damage_reported(path), _open_archive(path) as archive:
-            for file in group:
-                with file.open(archive) as content, _encoding_reported(file):
-                    codec = "utf-8-sig" if file.encoding == "utf-8" else file.encoding
-                    text = io.TextIOWrapper(content, codec)
-                    documents = [text] if file.field is None else _fields(file, text)
-                    for document in documents:
-                        begins = True
-                        while piece := document.read(size):
-                            yield begins, piece
-                            begins = False
+        members = {file.member: file for file in group}
+        with _damage_reported(path):
+            for member, content in _contents(path, members):
+                yield from _pieces(members[member], content, size)
+
+
+def _pieces(file: TextFile, content: BinaryIO, size: int) -> Iterator[tuple[bool, str]]:
+    codec = "utf-8-sig" if file.encoding == "utf-8" else file.encoding
+    text = io.TextIOWrapper(content, codec)
+    try:
+        for document in [text] if file.field is None else _fields(file, text):
+            begins = True
+            while piece := document.read(size):
+                yield begins, piece
+                begins = False
+    except UnicodeError as error:
+        name, reason = file.encoding.upper(), getattr(error, "reason", error)
+        advice = "name its encoding with encoding=NAME, or set encoding=auto to detect it"
+        raise corpus_error(file, f" is not {name} text ({reason}); {advice}") from None
 
 
 def _fields(file: TextFile, text: TextIO) -> Iterator[TextIO]:
     """The text in the field of each row."""
-    for number, row in _rows(file, text):
-        if not isinstance(row, dict) or file.field not in row:
-            names = listed("; it has ", list(row)) if isinstance(row, dict) else ""
-            raise corpus_error(file, f", line {number} has no field={file.field}{names}")
-        value = row[file.field]
-        if not isinstance(value, str | None):
-            kind = type(value).__name__
-            raise corpus_error(file, f", line {number}: field={file.field} is no text but {kind}")
-        yield io.StringIO(value, newline=None)
-
-
-def _rows(file: TextFile, text: TextIO) -> Iterator[tuple[int, Any]]:
-    """Line number and content of each row."""
     number = 0
 
     def lines() -> Iterator[str]:
         nonlocal number
-        while line := text.readline(MAX_ROW):
+        for line in text:
             number += 1
-            if len(line) == MAX_ROW:
-                raise ValueError(f"longer than {MAX_ROW:,} characters")
             yield line
 
     try:
-        if file.kind in JSON_LINES:
-            for line in lines():
-                if not line.isspace():
-                    yield number, json.loads(line)
-            return
-        csv.field_size_limit(MAX_ROW)
-        for row in csv.DictReader(lines(), delimiter=TABLES[file.kind], strict=True):
-            # a short row has None in its last fields, and a long one a list under None
-            yield number, {name: value for name, value in row.items() if isinstance(value, str)}
-    except UnicodeError:
+        for row in _rows(file.kind, lines()):
+            if file.field not in row:
+                names = listed("; it has ", list(row))
+                raise corpus_error(file, f", line {number} has no field={file.field}{names}")
+            value = row[file.field]
+            if not isinstance(value, str | None):
+                kind = f"field={file.field} is no text but {type(value).__name__}"
+                raise corpus_error(file, f", line {number}: {kind}")
+            yield io.StringIO(value, newline=None)
+    except (UserError, UnicodeError):
         raise
     except (ValueError, csv.Error, RecursionError) as error:
-        kind = "JSON" if file.kind in JSON_LINES else file.kind[1:].upper()
-        reason = getattr(error, "msg", error)
+        kind, reason = file.kind[1:].upper(), getattr(error, "msg", error)
         raise corpus_error(file, f", line {number}: not {kind} ({reason})") from error
 
 
-# --- errors ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
-    """Turn what the readers of archives and compressed files raise into a UserError."""
-    try:
-        yield
-    except DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file cannot be read at all
-        raise corpus_error(path, f" is damaged, or not what its suffix says ({error})") from error
-
-
-@contextlib.contextmanager
-def _encoding_reported(file: TextFile) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeError as error:
-        reason, advice = getattr(error, "reason", error), "name the right one with encoding=NAME"
-        if file.encoding == "utf-8":
-            advice = "convert it to UTF-8"
-            with contextlib.suppress(UserError):
-                advice += f", or set encoding=auto, which takes it for {detect_encoding(file)}"
-        name = file.encoding.upper()
-        raise corpus_error(file, f" is not {name} text ({reason}); {advice}") from None
+def _rows(kind: str, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The fields of each row."""
+    if kind in JSON_LINES:
+        rows = (json.loads(line) for line in lines if not line.isspace())
+        return (row if isinstance(row, dict) else {} for row in rows)
+    csv.field_size_limit(MAX_FIELD)
+    table = csv.DictReader(lines, delimiter=TABLES[kind], strict=True)
+    # a short row has None in its last fields, and a long one a list under None
+    return ({k: v for k, v in row.items() if isinstance(v, str)} for row in table)

@@ -8,7 +8,7 @@ checkpoint may come from anyone, so every constructor checks its vocabulary.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ KINDS = ("char", "byte", "word", "bpe")
 UNKNOWN = ("error", "drop", "replace")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 REPLACEMENTS = f"{REPLACEMENT}? \n"
-PIECE = 1 << 22  # tokens that are counted at a time
+PIECE = 1 << 22  # tokens whose characters are counted at a time, in constant memory
 
 
 class Tokenizer(Protocol):
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     dtype: np.dtype  # the smallest unsigned integer type that holds the ids
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`: (T,) of `dtype`."""
+        """The ids of `text`: (T,) of `dtype`; UserError for an unknown character."""
 
     def decode(self, ids) -> str:
         """The text of `ids` (array or list)."""
@@ -61,23 +61,20 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def pieces_of(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """The parts of a memory map that are counted one after the other, in constant memory."""
-    return (ids[start : start + PIECE] for start in range(0, len(ids), PIECE))
+def sum_of_lengths(lengths: np.ndarray, ids: np.ndarray) -> int:
+    """The sum over `ids`, which may be a memory map, of the length (V,) of each token."""
+    pieces = (ids[start : start + PIECE] for start in range(0, len(ids), PIECE))
+    return sum(int(lengths.take(piece).sum()) for piece in pieces)
 
 
 def character_counts(chunks: Iterable[str], most: int) -> dict[str, int]:
     """How often each character of a text occurs, up to `most`, in the order of code points."""
     counts = np.zeros(0x110000, np.uint32)
-    is_full = np.zeros(0x110000, bool)
     for chunk in chunks:
         codes = _code_points(chunk)
-        # this check is cheaper than to count, and rarely finds a character that is not full
-        if not is_full.take(codes).all():
+        if (counts.take(codes) < most).any():  # rarely true, and cheaper than to count
             found = np.bincount(codes)
-            part = slice(len(found))
-            counts[part] = np.minimum(counts[part] + found, most)
-            is_full[part] = counts[part] == most
+            counts[: len(found)] = np.minimum(counts[: len(found)] + found, most)
     return {chr(code): int(counts[code]) for code in np.flatnonzero(counts).tolist()}
 
 
@@ -118,11 +115,6 @@ class CharTokenizer:
         return CharTokenizer(self.vocabulary + "".join(new), self.unknown)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`: (T,) of `dtype`.
-
-        Raises:
-            UserError: for an unknown character, unless it is dropped or replaced.
-        """
         ids = self._table.take(_code_points(text), mode="clip")
         is_unknown = ids < 0
         if is_unknown.any():
@@ -143,23 +135,19 @@ class CharTokenizer:
         return ids.astype(self.dtype)
 
     def decode(self, ids) -> str:
-        """The text of `ids` (array or list); IndexError for an id outside the vocabulary."""
         codes = self._codes[np.asarray(ids, np.int64)]
         return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
     def stream_decoder(self) -> Callable[[int | None], str]:
-        """A function from one id to its text; None marks the end of the text."""
         return lambda token: "" if token is None else self.vocabulary[token]
 
     def count_characters(self, ids) -> int:
-        """The number of characters in the text of `ids`."""
         return len(ids)
 
     def bytes_of_tokens(self) -> list[bytes]:
         return [character.encode("utf-8", "surrogatepass") for character in self.vocabulary]
 
     def state(self) -> dict:
-        """Plain types, from which `tokenizer_from_state` makes the tokenizer again."""
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
 
@@ -170,30 +158,31 @@ class ByteTokenizer:
     vocab_size = 256
     dtype = np.dtype(np.uint8)
 
+    def __init__(self, tokens: list[bytes] | None = None):
+        self._tokens = tokens or [bytes([byte]) for byte in range(256)]
+        # all bytes begin a character but those that continue one
+        self._lengths = np.array([sum(b & 0xC0 != 0x80 for b in token) for token in self._tokens])
+
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of `text`, (T,) uint8; lone surrogates take three bytes as well."""
         return np.frombuffer(bytearray(text.encode("utf-8", "surrogatepass")), np.uint8)
 
     def decode(self, ids) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return np.asarray(ids).astype(np.uint8).tobytes().decode("utf-8", "replace")
+        tokens = [self._tokens[i] for i in np.asarray(ids).tolist()]
+        return b"".join(tokens).decode("utf-8", "replace")
 
     def stream_decoder(self) -> Callable[[int | None], str]:
-        """A function from one id to the text that it completes, or "" within a character.
-
-        Called with None it returns what is left at the end of the text.
-        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: (
-            decoder.decode(b"", True) if token is None else decoder.decode(bytes([token]))
+            decoder.decode(b"", True) if token is None else decoder.decode(self._tokens[token])
         )
 
     def count_characters(self, ids) -> int:
-        """The number of characters that begin in `ids`: all bytes but continuation bytes."""
-        return sum(int(np.count_nonzero((piece & 0xC0) != 0x80)) for piece in pieces_of(ids))
+        return sum_of_lengths(self._lengths, ids)
 
     def bytes_of_tokens(self) -> list[bytes]:
-        return [bytes([byte]) for byte in range(256)]
+        return self._tokens
 
     def state(self) -> dict:
         return {"kind": self.kind}
@@ -204,11 +193,7 @@ def tokenizer_from_state(state: dict, unknown: str = "error") -> Tokenizer:
     kind = state.get("kind") if isinstance(state, dict) else None
     if kind not in KINDS:
         raise UserError(f"not the state of a tokenizer: {str(state)[:60]!r}")
-    return build_tokenizer(kind, state.get("vocabulary", ""), unknown)
-
-
-def build_tokenizer(kind: str, vocabulary: str, unknown: str = "error") -> Tokenizer:
-    """The tokenizer of one of `KINDS` with this vocabulary, which "byte" does not use."""
+    vocabulary = state.get("vocabulary", "")
     if kind == "word":
         from gpt_lightning.data.words import WordTokenizer
 
@@ -218,3 +203,9 @@ def build_tokenizer(kind: str, vocabulary: str, unknown: str = "error") -> Token
 
         return BPETokenizer(vocabulary)
     return ByteTokenizer() if kind == "byte" else CharTokenizer(vocabulary, unknown)
+
+
+def count_unknown(text: str, tokenizer: Tokenizer) -> int:
+    """The number of characters of `text` that are not in the vocabulary."""
+    known = tokenizer_from_state(tokenizer.state(), "drop")
+    return len(text) - known.count_characters(known.encode(text))

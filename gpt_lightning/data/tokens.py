@@ -2,8 +2,8 @@
 
 To build the file, `prepare_tokens` reads the text up to five times: to compute its digest, to
 collect the vocabulary (characters, then words), to encode it, and to check that the digest is
-unchanged. Memory is constant, except while `bpe` is trained. Later runs read the text once and
-compute its digest, so that a run never trains on an earlier version of its text.
+unchanged. Memory is constant, except while `bpe` is trained. Later runs only compute the digest, so
+that a run never trains on an earlier version of its text.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,15 @@ from gpt_lightning.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    build_tokenizer,
     character_counts,
+    count_unknown,
     tokenizer_from_state,
 )
+from gpt_lightning.data.windows import Span
 from gpt_lightning.errors import UserError
 from gpt_lightning.files import cache_dir, write_atomically
 
-FORMAT = 4  # increases whenever the same text would be encoded or stored differently
+FORMAT = 6  # increases whenever the same text would be encoded or stored differently
 PIECE = 1 << 16  # characters encoded at a time: their ids stay in the processor's cache
 MAX_VOCAB_SIZE = 1000  # of words and bpe (docs/tokenizers.md has the measurements)
 LARGEST_VOCAB_SIZE = 1 << 16  # ids of two bytes; a checkpoint's tokenizer has a largest size
@@ -38,162 +40,160 @@ MAX_CACHE = 10_000_000_000  # bytes of token files; a single one may be larger
 
 
 @dataclass(frozen=True)
+class TokenizerSettings:
+    """The settings of `TextDataModule` that decide how a text becomes tokens.
+
+    Raises:
+        UserError: for a setting that this kind of tokenizer does not have.
+    """
+
+    kind: str = "char"
+    unknown: str = "error"
+    vocabulary: str | None = None
+    min_count: int = 1
+    max_vocab_size: int | None = None
+
+    def __post_init__(self):
+        for name, given, kinds in (
+            ("vocabulary", self.vocabulary is not None, ("char", "word", "bpe")),
+            ("min_count", self.min_count > 1, ("char", "word")),
+            ("max_vocab_size", self.max_vocab_size is not None, ("word", "bpe")),
+        ):
+            if given and self.kind not in kinds:
+                raise UserError(
+                    f"{name}={str(getattr(self, name))[:60]} is for the tokenizers "
+                    f"{', '.join(kinds)}, not for tokenizer={self.kind}; drop it"
+                )
+        if (size := self.max_vocab_size or 0) > LARGEST_VOCAB_SIZE:
+            raise UserError(f"max_vocab_size={size} must be at most {LARGEST_VOCAB_SIZE}")
+
+    def train(self, text: Corpus) -> tuple[Tokenizer, dict[str, int]]:
+        """A tokenizer with the vocabulary of a text, and the counts of `TokenFile`."""
+        size = self.max_vocab_size or MAX_VOCAB_SIZE
+        if self.kind == "byte":
+            return ByteTokenizer(), {}
+        if self.kind == "bpe":
+            from gpt_lightning.data.bpe import BPETokenizer
+
+            return BPETokenizer.train(text.chunks(PIECE), size), {}
+        counts = character_counts(text.chunks(PIECE), max(2, self.min_count))
+        frequent = {character for character, count in counts.items() if count >= self.min_count}
+        if not frequent:
+            raise UserError(f"min_count={self.min_count} is more often than any character occurs")
+        if len(frequent) < len(counts) and self.unknown == "replace":
+            frequent.add(REPLACEMENT)
+        characters = "".join(sorted(frequent))
+        told = {"once": list(counts.values()).count(1)}
+        if self.kind == "char":
+            return CharTokenizer(characters, self.unknown), told
+        from gpt_lightning.data.words import WordTokenizer
+
+        return WordTokenizer.train(text.chunks(PIECE), characters, size, self.unknown), told
+
+
+@dataclass(frozen=True)
 class TokenFile:
     """The ids of a corpus in a file, and the tokenizer that made them.
 
     Args:
         path: the file.
+        corpus: the text.
+        corpus_sha256: its digest.
         tokenizer: has the policy for unknown characters that was asked for.
-        corpus_sha256: digest of the text.
-        rare: (number of different characters, number of their occurrences) that `min_count` left
-            out of the vocabulary.
-        once: number of characters of the vocabulary that occur once in the text.
         documents, characters: of the text.
+        unknown: number of characters of the text that were replaced or dropped.
+        once: number of characters that occur once in the text.
     """
 
     path: Path
-    tokenizer: Tokenizer
+    corpus: Corpus
     corpus_sha256: str
-    rare: tuple[int, int] = (0, 0)
+    tokenizer: Tokenizer
+    documents: int
+    characters: int
+    unknown: int = 0
     once: int = 0
-    documents: int = 1
-    characters: int = 0
 
-    def open(self) -> np.ndarray:
-        """The ids, (N,) of `tokenizer.dtype`, as a read-only memory map."""
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(N,) of `tokenizer.dtype`, a read-only memory map."""
         return np.memmap(self.path, self.tokenizer.dtype, mode="r")
+
+    def __getstate__(self) -> dict:
+        """What another process receives: the path of the ids, not the ids."""
+        return {name: value for name, value in vars(self).items() if name != "ids"}
 
 
 def prepare_tokens(
-    corpus: Corpus,
-    tokenizer: str = "char",
-    unknown: str | None = None,
-    vocabulary: str | None = None,
-    min_count: int = 1,
-    max_vocab_size: int | None = None,
-    vocabulary_corpus: Corpus | None = None,
+    corpus: Corpus, settings: TokenizerSettings, vocabulary_corpus: Corpus | None = None
 ) -> TokenFile:
     """The token file of a corpus, from the cache or built now.
 
     Args:
         corpus: the text.
-        tokenizer: kind of tokenizer: "char", "byte", "word" or "bpe".
-        unknown: what happens to characters that the vocabulary lacks: "error", "drop", "replace".
-            None: "replace" if `min_count` is above 1, else "error".
-        vocabulary: as in the state of the tokenizer; made from the text by default.
-        min_count: a vocabulary of the text has the characters that it contains this often. If
-            others are replaced, it has U+FFFD for them.
-        max_vocab_size: largest number of tokens ("word" and "bpe" only); 1,000 by default.
+        settings: of the tokenizer.
         vocabulary_corpus: the text that the vocabulary is made from; `corpus` by default.
 
     Raises:
-        UserError: if the text cannot be read or encoded, has no token, or changes meanwhile, or if
-            a setting does not fit the kind of tokenizer.
+        UserError: if the text cannot be read or encoded, has no token, or changes meanwhile.
     """
-    _check_settings(tokenizer, vocabulary, min_count, max_vocab_size, vocabulary_corpus)
-    unknown = unknown or ("replace" if min_count > 1 else "error")
-    size = max_vocab_size or MAX_VOCAB_SIZE
-    source = vocabulary_corpus or corpus
     with file_errors(corpus.name):
         digest = corpus.sha256()
         other = vocabulary_corpus.sha256() if vocabulary_corpus else None
         # The ids depend on these alone, so a file in the cache never changes.
-        parts = [FORMAT, digest, tokenizer, vocabulary, unknown, min_count, size, other]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        path = cache_dir() / f"tokens-{tokenizer}-{key}.bin"
+        key = hashlib.sha256(json.dumps([FORMAT, digest, *astuple(settings), other]).encode())
+        path = cache_dir() / f"tokens-{settings.kind}-{key.hexdigest()[:32]}.bin"
 
         def build() -> None:
-            bytes_of_text = sum(file.stat().st_size for file in corpus.paths)
-            if bytes_of_text >= LARGE:
-                announced = f"Encoding {bytes_of_text / 1e6:,.0f} MB of text once: {path} ..."
-                print(announced, file=sys.stderr)
-            counts: dict = {}
-            if vocabulary is None:
-                coder, counts = _train(source, tokenizer, unknown, min_count, size)
+            size = sum(file.stat().st_size for file in corpus.paths)
+            if size >= LARGE:
+                print(f"Encoding {size / 1e6:,.0f} MB of text once: {path} ...", file=sys.stderr)
+            if settings.vocabulary is None:
+                tokenizer, counts = settings.train(vocabulary_corpus or corpus)
             else:
-                coder = build_tokenizer(tokenizer, vocabulary, unknown)
-            _encode(corpus, coder, path, digest, counts if source is corpus else {})
+                state = {"kind": settings.kind, "vocabulary": settings.vocabulary}
+                tokenizer, counts = tokenizer_from_state(state, settings.unknown), {}
+            _encode(corpus, tokenizer, path, digest, {} if vocabulary_corpus else counts)
             _remove_old(path, corpus, digest)
 
         make_once(path, build)
         entry = json.loads(path.with_suffix(".json").read_bytes())
         with contextlib.suppress(OSError):  # a cache that others may only read
             os.utime(path)  # for `_remove_old`
-    coder = tokenizer_from_state(entry["tokenizer"], unknown)
-    counts = entry["counts"]
-    return TokenFile(
-        path,
-        coder,
-        digest,
-        tuple(counts.get("rare", (0, 0))),
-        counts.get("once", 0),
-        counts.get("documents", 1),
-        counts.get("characters", 0),
-    )
+    tokenizer = tokenizer_from_state(entry["tokenizer"], settings.unknown)
+    return TokenFile(path, corpus, digest, tokenizer, **entry["counts"])
 
 
-def _check_settings(
-    tokenizer: str,
-    vocabulary: str | None,
-    min_count: int,
-    max_vocab_size: int | None,
-    vocabulary_corpus: Corpus | None,
+def floor_of_spans(
+    corpus: Corpus, tokenizer: Tokenizer, ids: np.ndarray, spans: list[Span]
+) -> float | None:
+    """Nats per character that no model can beat on these spans, if known.
+
+    The first token of each span is not predicted.
+    """
+    if corpus.floor_path is None:
+        return None
+    count = tokenizer.count_characters
+    characters = [[count(ids[:n]) for n in (start + 1, stop)] for start, stop in spans]
+    floors = np.array([corpus.floor(*span) for span in characters], float)
+    return float(np.average(floors, weights=[stop - start for start, stop in characters]))
+
+
+def _encode(
+    corpus: Corpus, tokenizer: Tokenizer, path: Path, digest: str, counts: dict[str, int]
 ) -> None:
-    """Raise a UserError for a setting that this kind of tokenizer does not have."""
-    trained = ("char", "word", "bpe")
-    for name, value, kinds in (
-        ("vocabulary", vocabulary, trained),
-        ("vocabulary_corpus", vocabulary_corpus and vocabulary_corpus.name, trained),
-        ("min_count", None if min_count == 1 else min_count, ("char", "word")),
-        ("max_vocab_size", max_vocab_size, ("word", "bpe")),
-    ):
-        if value is not None and tokenizer not in kinds:
-            raise UserError(
-                f"{name}={str(value)[:60]} is for the tokenizers {', '.join(kinds)}, not for "
-                f"tokenizer={tokenizer}; drop it"
-            )
-    if max_vocab_size is not None and max_vocab_size > LARGEST_VOCAB_SIZE:
-        raise UserError(f"max_vocab_size={max_vocab_size} must be at most {LARGEST_VOCAB_SIZE}")
-
-
-def _train(
-    source: Corpus, kind: str, unknown: str, min_count: int, size: int
-) -> tuple[Tokenizer, dict]:
-    """A tokenizer whose vocabulary is that of a text, and the `counts` of `TokenFile`."""
-    if kind == "byte":
-        return ByteTokenizer(), {}
-    if kind == "bpe":
-        from gpt_lightning.data.bpe import BPETokenizer
-
-        return BPETokenizer.train(source.chunks(PIECE), size), {}
-    counts = character_counts(source.chunks(PIECE), max(2, min_count))
-    rare = [count for count in counts.values() if count < min_count]
-    frequent = {character for character, count in counts.items() if count >= min_count}
-    if not frequent:
-        raise UserError(f"min_count={min_count} is more often than any character occurs")
-    if rare and unknown == "replace":
-        frequent.add(REPLACEMENT)
-    characters = "".join(sorted(frequent))
-    once = sum(counts.get(character) == 1 for character in frequent)
-    told = {"rare": [len(rare), sum(rare)], "once": once}
-    if kind == "char":
-        return CharTokenizer(characters, unknown), told
-    from gpt_lightning.data.words import WordTokenizer
-
-    return WordTokenizer.train(source.chunks(PIECE), characters, size, unknown), told
-
-
-def _encode(corpus: Corpus, coder: Tokenizer, path: Path, digest: str, counts: dict) -> None:
     """Write the ids of the corpus to `path`, and the tokenizer's state to a .json file beside.
 
     A word is cut where a piece of the text ends, which is once in `PIECE` characters.
     """
+    skips = getattr(tokenizer, "unknown", "error") != "error"
     with write_atomically(path) as file:
-        documents = characters = 0
+        documents = characters = unknown = 0
         for begun, chunk in corpus.counted_chunks(PIECE):
             documents, characters = documents + begun, characters + len(chunk)
+            unknown += count_unknown(chunk, tokenizer) if skips else 0
             try:
-                file.write(coder.encode(chunk).data)
+                file.write(tokenizer.encode(chunk).data)
             except UserError as error:
                 raise corpus_error(corpus.name, f": {error}") from None
         if file.tell() == 0:
@@ -202,9 +202,10 @@ def _encode(corpus: Corpus, coder: Tokenizer, path: Path, digest: str, counts: d
             raise corpus_error(corpus.name, " changed while it was read; run again")
         # The ids appear last: if they exist, both files are complete.
         with write_atomically(path.with_suffix(".json")) as state_file:
-            entry = {"tokenizer": coder.state(), "corpus": corpus.name, "sha256": digest}
-            counts = counts | {"documents": documents, "characters": characters}
-            state_file.write(json.dumps(entry | {"counts": counts}).encode())
+            counts |= {"documents": documents, "characters": characters, "unknown": unknown}
+            entry = {"tokenizer": tokenizer.state(), "counts": counts}
+            entry |= {"corpus": corpus.name, "sha256": digest}  # for `_remove_old`
+            state_file.write(json.dumps(entry).encode())
 
 
 def _remove_old(new: Path, corpus: Corpus, digest: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gpt_lightning.data.tokenizers import CharTokenizer, pieces_of
+from gpt_lightning.data.tokenizers import CharTokenizer, sum_of_lengths
 from gpt_lightning.errors import UserError
 
 WORDS = re.compile(r"\w+|\s+|[^\w\s]")  # every character of a text is in exactly one match
@@ -38,13 +38,12 @@ class WordTokenizer:
             tokens = json.loads(vocabulary)
         except (TypeError, ValueError, RecursionError):
             tokens = None
-        if not isinstance(tokens, list) or not all(isinstance(t, str) and t for t in tokens):
-            tokens = []
-        self._ids = {token: i for i, token in enumerate(tokens)}
-        if not tokens or len(self._ids) < len(tokens):
+        is_words = isinstance(tokens, list) and all(isinstance(t, str) and t for t in tokens)
+        if not is_words or len(set(tokens)) < len(tokens):
             raise UserError(
                 f"vocabulary={str(vocabulary)[:60]!r} must be a JSON list of distinct words"
             )
+        self._ids = {token: i for i, token in enumerate(tokens)}
         self._characters = CharTokenizer("".join(t for t in tokens if len(t) == 1), unknown)
         self._tokens: list[str] = tokens
         self._lengths = np.array([len(token) for token in tokens])
@@ -93,11 +92,6 @@ class WordTokenizer:
         return WordTokenizer(json.dumps([*self._tokens, *new]), self.unknown)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`: (T,) of `dtype`.
-
-        Raises:
-            UserError: for an unknown character, unless it is dropped or replaced.
-        """
         text = self._characters.decode(self._characters.encode(text))  # has known characters only
         tokens: list[int] = []
         for word in WORDS.findall(text):
@@ -108,16 +102,13 @@ class WordTokenizer:
         return np.array(tokens, self.dtype)
 
     def decode(self, ids) -> str:
-        """The text of `ids` (array or list); IndexError for an id outside the vocabulary."""
         return "".join([self._tokens[i] for i in np.asarray(ids).tolist()])
 
     def stream_decoder(self) -> Callable[[int | None], str]:
-        """A function from one id to its text; None marks the end of the text."""
         return lambda token: "" if token is None else self._tokens[token]
 
     def count_characters(self, ids) -> int:
-        """The number of characters in the text of `ids`."""
-        return sum(int(self._lengths.take(piece).sum()) for piece in pieces_of(ids))
+        return sum_of_lengths(self._lengths, ids)
 
     def bytes_of_tokens(self) -> list[bytes]:
         return [token.encode("utf-8", "surrogatepass") for token in self._tokens]

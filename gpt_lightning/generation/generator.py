@@ -5,7 +5,7 @@
 Legend: B samples, T tokens of the prompt, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from gpt_lightning.generation.sampling import NOT_FINITE, Sampling
 from gpt_lightning.generation.scoring import Score, predictions, total
 from gpt_lightning.generation.steps import GraphSteps, Steps
 from gpt_lightning.generation.strings import BannedStrings, StopStrings
+from gpt_lightning.model.attention import RecordedAttention
 
 
 @torch.inference_mode()
@@ -171,7 +172,11 @@ class TextGenerator:
         for name, strings in (("stop", stop), ("ban", ban)):
             if "" in strings:
                 raise UserError(f"{name}='' must have at least one character")
-        self._check_stop(stop)
+        if isinstance(self.tokenizer, CharTokenizer):
+            for text in stop:
+                if not set(text) <= set(self.tokenizer.vocabulary):
+                    message = "has a character that is not in the vocabulary, so it never occurs"
+                    raise UserError(f"stop={text!r} {message}")
         tokens = self.tokenizer.bytes_of_tokens() if ban else []
         steps = generate(
             self.model,
@@ -181,14 +186,12 @@ class TextGenerator:
             torch.Generator().manual_seed(seed),
             BannedStrings(ban, tokens, num_samples) if ban else None,
         )
-        plain = [self.tokenizer.stream_decoder() for _ in range(num_samples)]
-        stops = [StopStrings(decode, stop) for decode in plain] if stop else []
-        decoders: Sequence[Callable[[int | None], str]] = stops or plain
+        texts = [StopStrings(self.tokenizer.stream_decoder(), stop) for _ in range(num_samples)]
         for new in steps:
-            yield [decode(i) for decode, i in zip(decoders, new, strict=True)]
-            if stops and all(text.ended for text in stops):
+            yield [text(i) for text, i in zip(texts, new, strict=True)]
+            if all(text.ended for text in texts):
                 break
-        yield [decode(None) for decode in decoders]  # a character whose bytes are incomplete
+        yield [text(None) for text in texts]  # a character whose bytes are incomplete
 
     def generate(
         self,
@@ -223,13 +226,24 @@ class TextGenerator:
             UserError: for an unknown character, or a text of less than two characters.
         """
         ids = self.tokenizer.encode(text)
-        return total(predictions(self.model, ids, stride=stride), self.tokenizer)
+        return total(predictions(self.model, ids, [(0, len(ids))], stride), self.tokenizer)
 
-    def _check_stop(self, stop: Sequence[str]) -> None:
-        """Raise a UserError for a string that no text of characters in the vocabulary contains."""
-        if not isinstance(self.tokenizer, CharTokenizer):
-            return
-        for text in stop:
-            if not set(text) <= set(self.tokenizer.vocabulary):
-                message = "has a character that is not in the vocabulary, so it never occurs"
-                raise UserError(f"stop={text!r} {message}")
+    @torch.inference_mode()
+    def attention(self, text: str) -> torch.Tensor:
+        """The attention weights on `text` in each layer and head: (L, H, T, T) fp32.
+
+        Row t has the weights with which token t attends to tokens 0 to t; its sum is 1.
+
+        Raises:
+            UserError: for an unknown character, an empty text, one of more than `block_size`
+                tokens, or a model without attention.
+        """
+        ids = torch.tensor(self.tokenizer.encode(text).tolist(), dtype=torch.long)
+        block_size = self.model.config.block_size
+        if not 0 < len(ids) <= block_size:
+            raise UserError(f"text has {len(ids)} tokens; attention is for 1 to {block_size}")
+        cache = RecordedAttention(block_size)
+        self.model(ids[None].to(next(self.model.parameters()).device), cache)
+        if not cache.weights:
+            raise UserError(f"name={self.model.config.name}: this model has no attention")
+        return torch.cat(cache.weights)

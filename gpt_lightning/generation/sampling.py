@@ -53,10 +53,8 @@ class Sampling:
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name}={value} must be above 0 and at most 1")
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise UserError(
-                f"repetition_penalty={self.repetition_penalty} must be between 0.01 and 100; 1 is "
-                "no penalty"
-            )
+            penalty = self.repetition_penalty
+            raise UserError(f"repetition_penalty={penalty} must be between 0.01 and 100")
 
     def sample(
         self,
@@ -87,15 +85,8 @@ class Sampling:
     def probabilities(
         self, logits: torch.Tensor, window: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits (B, V) to the probabilities (B, V) that `sample` draws the next token from.
-
-        Raises:
-            UserError: if the model's logits are NaN or infinite.
-        """
-        logits = self._adjusted(logits, window, None)
-        if not logits.amax(dim=-1).isfinite().all():
-            raise UserError(NOT_FINITE)
-        weights = self._weights(logits)
+        """Logits (B, V) to the probabilities (B, V) that `sample` draws the next token from."""
+        weights = self._weights(self._adjusted(logits, window, None))
         return weights / weights.sum(dim=-1, keepdim=True)
 
     def _adjusted(

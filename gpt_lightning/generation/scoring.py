@@ -25,10 +25,6 @@ TOKENS_CPU, TOKENS_GPU = 1 << 11, 1 << 16  # of a batch
 LOGITS = 1 << 26  # of a batch at most: 256 MB in fp32
 
 
-class NothingPredicted(UserError):
-    """A text of which no character is predicted."""
-
-
 class Piece(NamedTuple):
     """The next N tokens of a text and what they cost."""
 
@@ -68,8 +64,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Of a token: a model that chooses among this many at random has the same cost."""
-        nats = self.nats / self.tokens
-        return math.exp(nats) if nats < 700 else math.inf
+        return math.exp(self.nats / self.tokens)
 
 
 def windows(
@@ -78,8 +73,7 @@ def windows(
     """Windows that together predict each token of a span, except its first, exactly once.
 
     Yields for each batch the first token of each window (B,), the length T of the windows, and the
-    number of first predictions to leave out in each, because the window before has made them. After
-    the first window, every prediction has more than `block_size - stride` tokens of context.
+    number of their first predictions that an earlier window has already made.
     """
     start, stop = span
     targets, overlap = stop - start - 1, block_size - stride
@@ -97,16 +91,16 @@ def windows(
 def predictions(
     model: nn.Module,
     ids: np.ndarray,
-    spans: list[Span] | None = None,
+    spans: list[Span],
     stride: int | None = None,
     batch_size: int | None = None,
 ) -> Iterator[Piece]:
     """Predict each token of the spans, except the first of each, in order and in constant memory.
 
     Args:
-        model: ids (B, T) -> logits (B, T, V). It is in eval mode meanwhile.
+        model: ids (B, T) -> logits (B, T, V), in eval mode.
         ids: token ids of a text, of any integer type; may be memory-mapped.
-        spans: the pieces of the text to score, (start, stop) each; by default all of it.
+        spans: the parts of the text that are scored.
         stride: distance of neighboring windows, from 1 to `block_size`, the default.
         batch_size: B, windows that are computed at once; chosen from the sizes by default.
 
@@ -121,46 +115,36 @@ def predictions(
     if batch_size is None:
         tokens = TOKENS_CPU if device.type == "cpu" else TOKENS_GPU
         batch_size = max(1, min(tokens, LOGITS // config.vocab_size) // block_size)
-    elif batch_size < 1:
+    if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
-    was_training = model.training
-    model.eval()
-    try:
-        for span in [(0, len(ids))] if spans is None else spans:
-            for starts, length, skipped in windows(span, block_size, stride, batch_size):
-                block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-                x = torch.from_numpy(block[:, :-1]).to(device)
-                targets = block[:, skipped + 1 :].ravel()  # (N,)
-                logits = model(x)[:, skipped:].flatten(0, 1).float()  # (N, V)
-                log_probs = logits.log_softmax(dim=-1)
-                y = torch.from_numpy(targets).to(device)
-                nats = -log_probs.gather(1, y[:, None])[:, 0].cpu().numpy()
-                if not np.isfinite(nats).all():
-                    raise UserError(NOT_FINITE)
-                yield Piece(targets, nats, log_probs)
-    finally:
-        model.train(was_training)
+    for span in spans:
+        for starts, length, skipped in windows(span, block_size, stride, batch_size):
+            block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+            x = torch.from_numpy(block[:, :-1]).to(device)
+            targets = block[:, skipped + 1 :].ravel()  # (N,)
+            log_probs = model(x)[:, skipped:].flatten(0, 1).float().log_softmax(dim=-1)  # (N, V)
+            y = torch.from_numpy(targets).to(device)
+            nats = -log_probs.gather(1, y[:, None])[:, 0].cpu().numpy()
+            if not np.isfinite(nats).all():
+                raise UserError(NOT_FINITE)
+            yield Piece(targets, nats, log_probs)
 
 
 def total(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Score:
     """The sum of the costs, in float64.
 
     Raises:
-        NothingPredicted: if no character is predicted.
+        UserError: if no character is predicted.
     """
+    sizes = np.array([len(token) for token in tokenizer.bytes_of_tokens()])
     nats, tokens, characters, size = 0.0, 0, 0, 0
-    decode = tokenizer.stream_decoder()
     for piece in pieces:
         nats += float(piece.nats.sum(dtype=np.float64))
         tokens += len(piece.targets)
         characters += tokenizer.count_characters(piece.targets)
-        if tokenizer.kind == "byte":
-            size += len(piece.targets)
-        else:
-            texts = map(decode, piece.targets.tolist())
-            size += len("".join(texts).encode("utf-8", "surrogatepass"))
+        size += int(sizes[piece.targets].sum())
     if characters == 0:
-        raise NothingPredicted(
-            "the text has fewer than two characters of the vocabulary; the first is not predicted"
+        raise UserError(
+            "the text has fewer than two tokens; the first is not predicted"
         )
     return Score(nats, tokens, characters, size)

@@ -77,14 +77,8 @@ class GraphSteps(Steps):
     one launch. There are two: for one new token, and for a window that restarts.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompt: torch.Tensor,
-        sampling: Sampling,
-        banned: torch.Tensor | None = None,
-    ):
-        super().__init__(model, prompt, sampling, banned)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.position = torch.zeros(1, dtype=torch.long, device=self.window.device)
         self.one_token, self.restart = (Recorded(self.window.device) for _ in range(2))
 

@@ -15,7 +15,7 @@ class StopStrings:
 
     Args:
         decode: a tokenizer's `stream_decoder()`.
-        stop: the strings, at least one.
+        stop: the strings; without any, the text does not end.
 
     Attributes:
         ended: whether a stop string has occurred. Later tokens add nothing.
@@ -23,7 +23,7 @@ class StopStrings:
 
     def __init__(self, decode: Callable[[int | None], str], stop: Sequence[str]):
         self.decode, self.stop = decode, stop
-        self.longest = max(map(len, stop))
+        self.longest = max(map(len, stop), default=0)
         self.tail, self.ended = "", False
 
     def __call__(self, token: int | None) -> str:
@@ -51,25 +51,17 @@ class BannedStrings:
 
     def __init__(self, strings: Sequence[str], tokens: list[bytes], B: int):
         self.strings, self.tokens = strings, tokens
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-        self.longest = max(map(len, encoded))
-        self.tails = [b""] * B
-        contained = [any(string in token for string in encoded) for token in tokens]
-        self.always = torch.tensor(contained)  # (V,)
-        # for each beginning of a banned string the tokens that begin with the rest of it
-        self.after: dict[bytes, torch.Tensor] = {}
-        for string in encoded:
-            for i in range(1, len(string)):
-                completes = torch.tensor([token.startswith(string[i:]) for token in tokens])
-                if completes.any():
-                    before = self.after.get(string[:i], completes)
-                    self.after[string[:i]] = before | completes
+        self.encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self.ends = [b""] * B  # of each text the longest end that is the start of a banned string
+        self.after: dict[bytes, torch.Tensor] = {}  # (V,) bool: the banned tokens after an end
 
     def add(self, ids: list[int]) -> None:
         """Append one token to each text."""
         for row, token in enumerate(ids):
-            tail = self.tails[row] + self.tokens[token]
-            self.tails[row] = tail[max(0, len(tail) - self.longest + 1) :]
+            end = self.ends[row] + self.tokens[token]
+            while not any(string.startswith(end) for string in self.encoded):
+                end = end[1:]
+            self.ends[row] = end
 
     def mask(self) -> torch.Tensor:
         """(B, V) bool: the tokens that must not be next.
@@ -77,11 +69,11 @@ class BannedStrings:
         Raises:
             UserError: if no token is left.
         """
-        mask = self.always.repeat(len(self.tails), 1)
-        for row, tail in enumerate(self.tails):
-            for beginning, completes in self.after.items():
-                if tail.endswith(beginning):
-                    mask[row] |= completes
-        if mask.all(dim=1).any():
-            raise UserError(f"ban={self.strings} leaves no token that could be next")
-        return mask
+        for end in self.ends:
+            if end not in self.after:
+                texts = [end + token for token in self.tokens]
+                banned = [any(string in text for string in self.encoded) for text in texts]
+                if all(banned):
+                    raise UserError(f"ban={self.strings} leaves no token that could be next")
+                self.after[end] = torch.tensor(banned)
+        return torch.stack([self.after[end] for end in self.ends])

@@ -91,3 +91,23 @@ class KVCache:
             keys, values = F.pad(keys, padding), F.pad(values, padding)
             self.layers[layer] = (keys, values)
         return keys, values
+
+
+class RecordedAttention(KVCache):
+    """A cache for one call of a model, which keeps the attention weights of each layer.
+
+    Attributes:
+        weights: (B, H, T, T) fp32 of each layer.
+    """
+
+    def __init__(self, block_size: int):
+        super().__init__(block_size)
+        self.weights: list[torch.Tensor] = []
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        scores = (q @ k.mT * scale).float()
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        self.weights.append(scores.masked_fill(future, -math.inf).softmax(dim=-1))
+        return self.weights[-1].type_as(v) @ v

@@ -9,8 +9,9 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,12 @@ from torch import nn
 
 from gpt_lightning.errors import UserError
 from gpt_lightning.model.attention import KVCache, causal_attention
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
 
 
 @dataclass
@@ -30,8 +37,9 @@ class LectureConfig:
         n_head: attention heads in each block.
         n_embd: C, channels; a multiple of n_head.
         dropout: fraction of activations dropped in training, in the lecture's three places.
-        bias: use biases in the projections, the feed-forward and the norms. As in the lecture,
-            queries, keys and values never have one, and the head always does.
+        bias: use biases in the projections, the feed-forward and the norms. The head always has
+            one.
+        qkv_bias: use biases for queries, keys and values, as GPT-2 does; the lecture does not.
         init_std: standard deviation of the initial weights. 0.02 is what the lecture's author
             recommends after it; null uses torch's own initialization, as the lecture's code does.
         scaled: divide attention scores by the square root of the head size.
@@ -39,6 +47,8 @@ class LectureConfig:
         residual: add the output of attention and feed-forward to their input.
         proj: linear layers after the attention heads and after the feed-forward's ReLU.
         norm: LayerNorm before attention, before the feed-forward and before the head.
+        activation: of the feed-forward: relu, as in the lecture, gelu (nanoGPT) or gelu_tanh
+            (GPT-2's approximation of it).
         fused: compute attention in one fused call; false computes it step by step as the lecture.
         vocab_size: V, number of distinct tokens; 0: filled in from the data.
         block_size: T, length of the context in tokens; 0: filled in from the data.
@@ -54,12 +64,14 @@ class LectureConfig:
     n_embd: int = 128
     dropout: float = 0.0
     bias: bool = True
+    qkv_bias: bool = False
     init_std: float | None = 0.02
     scaled: bool = True
     ffwd: int = 4
     residual: bool = True
     proj: bool = True
     norm: bool = True
+    activation: str = "relu"
     fused: bool = True
     vocab_size: int = 0
     block_size: int = 0
@@ -80,6 +92,9 @@ class LectureConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise UserError(f"activation={self.activation} must be one of {names}")
         check_init_std(self.init_std)
 
 
@@ -119,7 +134,7 @@ class MultiHeadAttention(nn.Module):
         self.layer, self.n_head = layer, config.n_head
         self.dropout, self.fused = config.dropout, config.fused
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scaled else 1.0
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.proj: nn.Module = nn.Identity()
         if config.proj:
             self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -156,7 +171,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: LectureConfig):
         super().__init__()
         width = config.ffwd * config.n_embd
-        layers: list[nn.Module] = [nn.Linear(config.n_embd, width, bias=config.bias), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Linear(config.n_embd, width, bias=config.bias)]
+        layers.append(ACTIVATIONS[config.activation]())
         if config.proj:
             layers.append(nn.Linear(width, config.n_embd, bias=config.bias))
         self.net = nn.Sequential(*layers, nn.Dropout(config.dropout))

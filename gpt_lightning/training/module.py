@@ -364,11 +364,11 @@ class GPTModule(LightningModule):
 
     def describe(self, data: TextDataModule) -> dict[str, Any]:
         """What makes a checkpoint self-contained; see `checkpoint.describe`."""
-        val_text, val_file = data.held_out.get("val_corpus", (None, None))
+        val_file = data.held_out.get("val_corpus")
         corpus = {
             "name": data.corpus.name,
             "sha256": data.corpus_sha256,
-            "val_name": val_text and val_text.name,
+            "val_name": val_file and val_file.corpus.name,
             "val_sha256": val_file and val_file.corpus_sha256,
             "split": data.hparams.split,
             "val_fraction": data.hparams.val_fraction,

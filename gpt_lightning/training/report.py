@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from gpt_lightning.checkpoint import flags_to_repeat, shell_command
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.documents import JSON_LINES, TABLES, listed
-from gpt_lightning.data.statistics import split_messages
+from gpt_lightning.data.statistics import MOST_CHECKED, split_messages
 from gpt_lightning.files import unused
 from gpt_lightning.model import num_parameters
 from gpt_lightning.training.callbacks import TrainingMetrics
@@ -31,11 +32,8 @@ class Introduction(Callback):
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:
         data = module.data
         module.print(self.text(trainer, module, data))
-        one_text = data.val_text is data.corpus
-        # a resumed run has printed these
-        if trainer.is_global_zero and not trainer.ckpt_path and one_text:
-            spans, block_size = (data.train_spans, data.val_spans), data.hparams.block_size
-            for message in split_messages(data.tokens, data.vocab_size, *spans, block_size):
+        if trainer.is_global_zero and not trainer.ckpt_path:
+            for message in split_notes(data):
                 module.print(f"note   {message}")
         if self.folder is None or not trainer.is_global_zero:
             return
@@ -72,6 +70,19 @@ class Introduction(Callback):
         )
 
 
+def split_notes(data: TextDataModule) -> list[str]:
+    """What is wrong with the split into training and validation text, if it is not too large."""
+    ids, val, n = data.tokens, data.val_spans, len(data.tokens)
+    if n + len(data.val_ids) > MOST_CHECKED or data.corpus.floor_path is not None:
+        return []  # the embedded corpus, whose floor is known, is in order
+    own = data.val_text is not data.corpus
+    if own:
+        ids, val = np.concatenate([ids, data.val_ids]), [(n + a, n + b) for a, b in val]
+    is_tail = data.hparams.split == "tail" and not own
+    sizes = data.vocab_size, data.train_spans, val, data.hparams.block_size
+    return split_messages(ids, *sizes, is_tail)
+
+
 def files_read(data: TextDataModule) -> str:
     """Files, documents and characters of a text of several, and what is left out; or ""."""
     corpus, read = data.corpus, data.token_file
@@ -88,20 +99,20 @@ def files_read(data: TextDataModule) -> str:
 
 
 def vocabulary_notes(data: TextDataModule) -> str:
-    """What `min_count` left out of the vocabulary, or that a model can be much smaller; or ""."""
-    hp, (characters, occurrences) = data.hparams, data.token_file.rare
-    if characters:
-        action = "left out" if hp.unknown == "drop" else "replaced by U+FFFD"
-        return (
-            f"       {characters:,} characters that occur less than {hp.min_count} times are "
-            f"{action}: {occurrences:,} occurrences\n"
-        )
-    if data.token_file.once >= MANY_ONCE:
-        return (
+    """How many characters are not in the vocabulary, or that a model can be much smaller; or ""."""
+    notes, action = "", "left out" if data.hparams.unknown == "drop" else "replaced"
+    for file in dict.fromkeys((data.token_file, data.val_file)):
+        if file.unknown:
+            notes += (
+                f"       {file.unknown:,} of {file.characters:,} characters of {file.corpus.name} "
+                f"are not in the vocabulary and are {action}\n"
+            )
+    if data.token_file.once >= MANY_ONCE and data.hparams.min_count == 1:
+        notes += (
             f"       {data.token_file.once:,} characters occur only once: --data.min_count=2, "
             "--data.tokenizer=byte or bpe makes the model smaller\n"
         )
-    return ""
+    return notes
 
 
 def closing_table(

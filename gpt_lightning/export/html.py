@@ -1,0 +1,141 @@
+"""One HTML file that runs a model: weights, engine and page, without a server or a network.
+
+The files in `page/` are put together here. `engine.js` is the model in JavaScript; it runs in a
+worker. The page's policy forbids it to load anything.
+"""
+
+import base64
+import json
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gpt_lightning.checkpoint import COMMAND, KEY, quoted
+from gpt_lightning.data.bpe import BYTE_CHARACTERS
+from gpt_lightning.data.tokenizers import Tokenizer
+from gpt_lightning.errors import UserError
+from gpt_lightning.files import write_atomically
+from gpt_lightning.generation.generator import TextGenerator
+from gpt_lightning.generation.sampling import NOT_FINITE
+from gpt_lightning.model import CONFIGS, config_from_dict, config_to_dict, num_parameters
+
+PRECISIONS = ("int8", "fp16", "fp32")
+PAGE = Path(__file__).parent / "page"
+
+
+def export_html(path: Path, checkpoint: dict[str, Any], out: Path, precision: str = "int8") -> None:
+    """Write a page that runs the model of a checkpoint.
+
+    Args:
+        path: the checkpoint's file, for messages.
+        checkpoint: what `read_checkpoint` has read from it.
+        out: the page; an existing file is replaced.
+        precision: of the weights in it: int8 with a scale for each row, fp16 or fp32. The page
+            computes in fp32.
+
+    Raises:
+        UserError: for an unknown precision, or weights that are not finite or too large for fp16.
+        OSError: if the file cannot be written.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
+    generator = TextGenerator.from_checkpoint(checkpoint, path, precision="fp32")
+    entry = checkpoint[KEY]
+    tensors, weights = pack(generator.model, precision)
+    description = {
+        "precision": precision,
+        "config": config_to_dict(config_from_dict(entry["model"])),
+        "tensors": tensors,
+        "tokenizer": describe_tokenizer(generator.tokenizer),
+        "start": generator.encode_prompt(""),
+        "run": describe_run(checkpoint),
+    }
+    parameters = num_parameters(generator.model)
+    size = f"{parameters / 1e6:.1f} million" if parameters >= 1e5 else f"{parameters:,}"
+    page = Template(read("page.html")).substitute(
+        parameters=size,
+        corpus=escape(entry["corpus"]["name"]),
+        css=read("page.css"),
+        engine=read("engine.js"),
+        page=read("page.js"),
+        # "<" could end the script
+        description=json.dumps(description, separators=(",", ":")).replace("<", "\\u003c"),
+        weights=base64.b64encode(weights).decode(),
+    )
+    with write_atomically(out) as file:
+        file.write(page.encode(errors="replace"))
+
+
+def read(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def pack(model: nn.Module, precision: str) -> tuple[list[dict[str, Any]], bytes]:
+    """Name, shape, dtype and offset in bytes of each weight, and the bytes of all.
+
+    Raises:
+        UserError: if a weight is not finite in this precision.
+    """
+    described, packed = [], bytearray()
+    for name, tensor in model.state_dict().items():
+        if name.startswith("multi_token_heads."):
+            continue  # generation does not use them
+        weight = tensor.float().numpy()
+        if not np.isfinite(weight).all():
+            raise UserError(NOT_FINITE)
+        if abs(weight).max() > 65_504 and precision != "fp32":
+            raise UserError(f"precision={precision} cannot hold {name}, which exceeds 65,504")
+        dtype = "fp32" if weight.ndim == 1 else precision
+        packed += bytes(-len(packed) % 4)  # JavaScript's arrays must be aligned
+        entry = {"name": name, "shape": weight.shape, "dtype": dtype, "offset": len(packed)}
+        described.append(entry)
+        if dtype == "int8":
+            # above 0, also in fp16
+            scale = np.maximum(abs(weight).max(axis=1) / 127, 1e-6).astype("<f2")
+            rounded = (weight / scale[:, None].astype("<f4")).round().clip(-127, 127)
+            packed += scale.tobytes() + rounded.astype(np.int8).tobytes()
+        else:
+            packed += weight.astype({"fp16": "<f2", "fp32": "<f4"}[dtype]).tobytes()
+    return described, bytes(packed)
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Kind, the bytes of each token (one character a byte), and the merges of BPE as ids."""
+    merges = []
+    if tokenizer.kind == "bpe":
+        ids = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+        for line in tokenizer.state()["vocabulary"].splitlines():
+            left, right = line.split(" ")
+            merges.append((ids[left], ids[right], ids.setdefault(left + right, len(ids))))
+    tokens = [token.decode("latin-1") for token in tokenizer.bytes_of_tokens()]
+    return {"kind": tokenizer.kind, "tokens": tokens, "merges": merges}
+
+
+def describe_run(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the page says about the training."""
+    callbacks = checkpoint.get("callbacks", {})
+    losses = callbacks.get("TrainingMetrics", {}).get("val_losses", {})
+    entry = checkpoint[KEY]
+    settings = entry["settings"] or {}
+    sections = {name: part for name, part in settings.items() if isinstance(part, dict)}
+    defaults = asdict(CONFIGS[entry["model"]["name"]]())
+    flags = [
+        f"--{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for section, part in sections.items()
+        for name, value in part.items()
+        # null is the default of all others
+        if value != (defaults.get(name) if section == "model" else None)
+    ]
+    if "seed_everything" in settings:
+        flags.append(f"--seed_everything={settings['seed_everything']}")
+    return {
+        "steps": checkpoint["global_step"],
+        "losses": sorted((int(step), float(loss)) for step, loss in losses.items()),
+        "settings": sections,
+        "command": f"{COMMAND} fit {quoted(*flags)}" if flags else None,
+    }
