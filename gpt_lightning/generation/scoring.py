@@ -144,7 +144,5 @@ def total(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Score:
         characters += tokenizer.count_characters(piece.targets)
         size += int(sizes[piece.targets].sum())
     if characters == 0:
-        raise UserError(
-            "the text has fewer than two tokens; the first is not predicted"
-        )
+        raise UserError("the text has fewer than two tokens; the first is not predicted")
     return Score(nats, tokens, characters, size)
