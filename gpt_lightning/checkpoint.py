@@ -69,7 +69,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint[KEY] = json.loads(json.dumps(checkpoint.get(KEY)))
         ours = _is_ours(checkpoint)
     except Exception as error:  # zipfile and torch raise a dozen types for damaged or hostile files
-        reason = error if isinstance(error, OSError) else type(error).__name__
+        reason = type(error).__name__
+        if isinstance(error, OSError | ValueError):
+            reason = str(error)[:200]
         raise DamagedCheckpoint(
             f"ckpt_path={path}: damaged, or not a checkpoint of plain tensors ({reason}); "
             "no code in it was run"
@@ -176,10 +178,13 @@ def _is_ours(checkpoint: dict[str, Any]) -> bool:
                 "model": dict(),
                 "tokenizer": dict(),
                 "corpus": {"name": str(), "sha256": str(), "split": str(), "val_fraction": float()},
-                "settings": dict() | None,
+                "settings": dict() | None as settings,
             },
         }:
-            return all(isinstance(weight, torch.Tensor) for weight in weights.values())
+            sections = [(settings or {}).get(name, {}) for name in SECTIONS]
+            return all(isinstance(weight, torch.Tensor) for weight in weights.values()) and all(
+                isinstance(section, dict) for section in sections
+            )
     return False
 
 
@@ -199,10 +204,17 @@ def model_and_tokenizer(
     """Model (on the CPU, in eval mode) and tokenizer of the checkpoint read from `path`."""
     entry = checkpoint[KEY]
     tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
+    weights, found = net_weights(checkpoint), {}
     try:
-        model = build_model(config_from_dict(entry["model"]))
-        model.load_state_dict(net_weights(checkpoint))
-    except (RuntimeError, ValueError, MemoryError) as error:
+        config = config_from_dict(entry["model"])
+        if getattr(config, "n_layer", 0) <= len(weights):
+            with torch.device("meta"):  # before memory is taken for these sizes
+                found = build_model(config).state_dict()
+        if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in weights.items()}:
+            raise ValueError("other names or shapes")
+        model = build_model(config)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise UserError(f"ckpt_path={path}: the model's settings do not fit its weights") from error
     return model.eval(), tokenizer
 

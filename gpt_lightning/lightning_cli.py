@@ -164,6 +164,8 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         advice = "run this where it was trained, or give corpus=PATH"
         raise UserError(f"{error}; ckpt_path={path} was trained on this text: {advice}") from error
     run.slurm_note, run.module.initial_weights = note, weights
+    if start is not None:
+        run.module.run_settings["start"] = str(start)
     try:
         {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
     except Interrupted as stop:

@@ -1,9 +1,15 @@
 """The command `export`: formats, file names, mistakes."""
 
+import math
+from pathlib import Path
+
 import pytest
+import torch
 
 from gpt_lightning.cli import main
 from gpt_lightning.commands import export
+
+BEST = "lightning_logs/version_0/checkpoints/best.ckpt"
 
 
 def run(*argv) -> int:
@@ -65,3 +71,33 @@ def test_a_missing_package_is_named(here, capsys, monkeypatch):
     monkeypatch.setattr(export, "import_module", missing)
     assert run("export", "--to=onnx") == 2
     assert 'needs onnx: pip install -e ".[export]"' in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_exported(here, capsys):
+    checkpoint = torch.load(BEST, weights_only=True)
+    checkpoint["state_dict"]["net.lm_head.weight"][0, 0] = torch.nan
+    torch.save(checkpoint, "bad.ckpt")
+    for to in ("safetensors", "html"):
+        assert run("export", f"--to={to}", "--ckpt_path=bad.ckpt") == 2
+        assert "lm_head.weight is not finite: its training diverged" in capsys.readouterr().err
+    assert not list(here.glob("model.*"))
+
+
+def test_settings_without_a_number_in_json_do_not_break_the_page(here):
+    checkpoint = torch.load(BEST, weights_only=True)
+    checkpoint["gpt_lightning"]["settings"]["trainer"]["gradient_clip_val"] = math.inf
+    torch.save(checkpoint, "inf.ckpt")
+    assert run("export", "--to=html", "--ckpt_path=inf.ckpt") == 0
+    page = Path("model.html").read_text()
+    assert '"gradient_clip_val":"Infinity"' in page and ":Infinity" not in page
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"n_layer": 3_000_000}, {"n_embd": 1 << 20}, {"n_layer": "x"}], ids=str
+)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(here, sizes, capsys):
+    checkpoint = torch.load(BEST, weights_only=True)
+    checkpoint["gpt_lightning"]["model"] |= sizes
+    torch.save(checkpoint, "large.ckpt")
+    assert run("generate", "--ckpt_path=large.ckpt") == 2
+    assert "do not fit its weights" in capsys.readouterr().err

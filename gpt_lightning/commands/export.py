@@ -1,5 +1,6 @@
 """`export`: a checkpoint's model in a format of other programs."""
 
+import shutil
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
@@ -47,8 +48,11 @@ def main(argv: list[str]) -> None:
 
 
 def export(args: Namespace) -> None:
+    from safetensors import SafetensorError
+
     from gpt_lightning.checkpoint import (
         SAFETENSORS,
+        net_weights,
         read_newest_intact,
         shell_command,
         write_model_file,
@@ -63,6 +67,9 @@ def export(args: Namespace) -> None:
         advice = f"choose {', '.join(precisions)}" if precisions else "drop it"
         raise UserError(f"precision={args.precision} is not one of to={args.to}: {advice}")
     path, checkpoint = read_newest_intact(args.ckpt_path, args.root)
+    for name, weight in net_weights(checkpoint).items():
+        if not weight.isfinite().all():
+            raise UserError(f"ckpt_path={path}: {name} is not finite: its training diverged")
     use = None
     try:
         if args.to == "safetensors":
@@ -72,8 +79,11 @@ def export(args: Namespace) -> None:
             exporter("html")(path, checkpoint, out, args.precision or precisions[0])
         else:
             use = exporter(args.to)(path, checkpoint, out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if out.is_file():
+            out.unlink()
+        raise UserError(f"out={out} cannot be written: {error}") from error
     report(out, f"{path}, step {checkpoint['global_step']:,}", use)
 
 

@@ -122,6 +122,8 @@ def describe_run(checkpoint: dict[str, Any]) -> dict[str, Any]:
     losses = callbacks.get("TrainingMetrics", {}).get("val_losses", {})
     entry = checkpoint[KEY]
     settings = entry["settings"] or {}
+    # numbers that are not finite as text: JavaScript's JSON has none
+    settings = json.loads(json.dumps(settings), parse_constant=str)
     sections = {name: part for name, part in settings.items() if isinstance(part, dict)}
     defaults = asdict(CONFIGS[entry["model"]["name"]]())
     flags = [
@@ -131,11 +133,16 @@ def describe_run(checkpoint: dict[str, Any]) -> dict[str, Any]:
         # null is the default of all others
         if value != (defaults.get(name) if section == "model" else None)
     ]
-    if "seed_everything" in settings:
+    if "start" in settings:
+        flags = []  # they do not repeat a run from old weights
+    elif "seed_everything" in settings:
         flags.append(f"--seed_everything={settings['seed_everything']}")
     return {
         "steps": checkpoint["global_step"],
         "losses": sorted((int(step), float(loss)) for step, loss in losses.items()),
         "settings": sections,
-        "command": f"{COMMAND} fit {quoted(*flags)}" if flags else None,
+        # a run from old weights is not repeated by its flags
+        "command": f"{COMMAND} fit {quoted(*flags)}"
+        if flags and not settings.get("start")
+        else None,
     }
