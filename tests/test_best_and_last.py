@@ -251,6 +251,7 @@ def test_a_signal_saves_after_the_step_and_its_validation(tmp_path, handlers, ca
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path, handlers):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start without
     twice = Do(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     trainer, module, keeper = build(tmp_path, twice)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
