@@ -154,7 +154,7 @@ def split_spans(
     val = []
     for i in range(n):  # n equal parts of the text, each with its held-out block in the middle
         begin, end = length * i // n, length * (i + 1) // n
-        size = held_out * (i + 1) // n - held_out * i // n
+        size = min(held_out * (i + 1) // n - held_out * i // n, end - begin)
         start = (begin + end - size) // 2
         val.append((start, start + size))
     starts, stops = zip(*val, strict=True)
