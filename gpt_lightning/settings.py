@@ -142,7 +142,7 @@ def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
     """A message about the first flag that does not exist, or None."""
     known = [f"--{path}" for path in ("help", *parser.get_defaults().keys())]
     if argv and not argv[0].startswith("-"):
-        return f"{argv[0]} is no flag; did you mean --data.corpus={argv[0]}?"
+        return f"unknown argument {argv[0]!r}; did you mean --data.corpus={argv[0]}?"
     for arg in argv:
         flag = arg.split("=")[0].removesuffix("+")
         nested = any(flag.startswith(f"{name}.") for name in known)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,31 @@ def checkpoint_of(name, vocabulary="\n abcdefg", **settings):
         "state_dict": {f"net.{key}": weight for key, weight in weights.items()},
         KEY: describe(config, CharTokenizer(vocabulary).state(), corpus, None),
     }
+
+
+class Page(HTMLParser):
+    """Tags, attributes, and the text in each kind of tag."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.texts = ["outside"], [], {}
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        self.tags.append("outside")
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.tags[-1], []).append(data)
+
+    def script(self, name):
+        """The content of the script with this id."""
+        ids = [value for key, value in self.attributes if key == "id"]
+        scripts = [i for i in ids if i in ("engine", "description", "weights")]
+        return self.texts["script"][scripts.index(name)]
 
 
 @pytest.fixture(scope="session", autouse=True)

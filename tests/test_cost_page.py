@@ -3,9 +3,9 @@
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
+from conftest import Page
 
 from gpt_lightning.commands.cost_page import cost_page
 from gpt_lightning.commands.cost_views import COLORS, LEVELS, Cell
@@ -18,23 +18,6 @@ def cells_of(text):
     """Costs rise from character to character; the alternatives are hostile too."""
     likeliest = [("</script>", 0.5), ("space", 0.25), ("\u2028", 0.1)]
     return [Cell(c, i * math.log(2), i > 0, likeliest if i else []) for i, c in enumerate(text)]
-
-
-class Page(HTMLParser):
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.texts = ["outside"], [], {}
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        self.tags.append("outside")
-
-    def handle_data(self, data):
-        self.texts.setdefault(self.tags[-1], []).append(data)
 
 
 def test_the_page_refers_to_nothing_outside_itself():

@@ -5,12 +5,11 @@ import re
 import shlex
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, perturbed
+from conftest import TEXT, Page, perturbed
 
 from gpt_lightning import BigramConfig, GPTConfig, LectureConfig, Sampling, TextGenerator
 from gpt_lightning.checkpoint import KEY, describe, read_checkpoint
@@ -77,31 +76,6 @@ def export(tmp_path):
         return out
 
     return write
-
-
-class Page(HTMLParser):
-    """Tags, attributes, and the text in each kind of tag."""
-
-    def __init__(self, file):
-        super().__init__()
-        self.tags, self.attributes, self.texts = ["outside"], [], {}
-        self.feed(file.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        self.tags.append("outside")
-
-    def handle_data(self, data):
-        self.texts.setdefault(self.tags[-1], []).append(data)
-
-    def script(self, name):
-        """The content of the script with this id."""
-        ids = [value for key, value in self.attributes if key == "id"]
-        scripts = [i for i in ids if i in ("engine", "description", "weights")]
-        return self.texts["script"][scripts.index(name)]
 
 
 def javascript(page, code):
@@ -241,7 +215,8 @@ def test_unknown_characters_are_left_out_and_named(export):
 def test_the_page_refers_to_nothing_outside_and_a_hostile_name_is_text(export):
     name = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     file = export(model_of(CONFIGS["gpt"]), name=name)
-    page, html = Page(file), file.read_text(encoding="utf-8")
+    html = file.read_text(encoding="utf-8")
+    page = Page(html)
     assert page.tags.count("script") == 4 and "img" not in page.tags
     assert page.texts["b"][0] == name
     assert {v for k, v in page.attributes if k in ("src", "href", "srcset", "action")} == {"data:,"}
@@ -288,7 +263,9 @@ def test_the_command_on_the_page_repeats_the_run(trained, tmp_path, monkeypatch)
     checkpoint = trained / "lightning_logs/version_0/checkpoints/last.ckpt"
     first = read_checkpoint(checkpoint)
     export_html(checkpoint, first, tmp_path / "page.html")
-    run = json.loads(Page(tmp_path / "page.html").script("description"))["run"]
+    run = json.loads(
+        Page((tmp_path / "page.html").read_text(encoding="utf-8")).script("description")
+    )["run"]
     losses = first["callbacks"]["TrainingMetrics"]["val_losses"]
     assert run["losses"] == [[step, loss] for step, loss in losses.items()] and losses
     program, command = shlex.split(run["command"])[:3], shlex.split(run["command"])[3:]

@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         flags = re.findall(r"--\w+", self.format_usage())
         hint = did_you_mean(flag, flags)
         if message.startswith("unrecognized") and not flag.startswith("-"):
-            hint = "; each value needs its flag"
+            hint = "; every value needs a flag"
         raise UserError(message + hint)
 
 
