@@ -20,6 +20,7 @@ from gpt_lightning import (
 )
 from gpt_lightning.checkpoint import KEY
 from gpt_lightning.training import optim
+from gpt_lightning.training.module import check_compiler
 from gpt_lightning.training.saving import AtomicCheckpointIO
 
 TEXT = "".join(f"{i} times {i} is {i * i};\n" for i in range(200))
@@ -275,6 +276,24 @@ def test_compiling_keeps_the_names_of_the_weights(data):
     dm = data()
     plain, compiled = module(dm), module(dm, compile=True)
     assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_has_the_losses_and_gradients_of_an_eager_one(data):
+    try:
+        check_compiler(torch.device("cpu"))
+    except UserError:
+        pytest.skip("there is no C++ compiler")
+    dm = data()
+    found = []
+    for compile in (False, True):
+        config = GPTConfig(**SMALL, multi_token_heads=2)
+        model = module(dm, config, compile=compile, confidence_penalty=0.1)
+        perturbed(model.net).train()
+        outputs = model.losses(next(iter(dm.train_dataloader())))
+        outputs["loss"].backward()
+        found.append({name: p.grad for name, p in model.net.named_parameters()} | outputs)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_missing_compiler_is_a_users_mistake(data, monkeypatch):

@@ -12,6 +12,7 @@ from torch import nn
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import BigramConfig, GPTConfig, LectureConfig, build_model
 from gpt_lightning.training import optim
+from gpt_lightning.training.module import check_compiler
 from gpt_lightning.training.optim import (
     MuonAdamW,
     OptimizerConfig,
@@ -222,3 +223,21 @@ def test_learning_rates_are_these(schedule, peak, low, warmup, decay, expected):
     config = OptimizerConfig(learning_rate=peak, schedule=schedule, min_lr=low, warmup_steps=warmup)
     found = [learning_rate_at(step, config, decay) for step in range(len(expected))]
     assert found == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_muons_compiled_step_equals_the_eager_one():
+    try:
+        check_compiler(torch.device("cpu"))
+    except UserError:
+        pytest.skip("there is no C++ compiler")
+    results = []
+    for update in (optim.muon_update, torch.compile(optim.muon_update)):
+        params = [matrix(8, 24), matrix(24, 8, seed=1)]
+        momentum = torch.zeros(2, 8, 24)
+        for step in range(2):
+            grads = [matrix(8, 24, seed=2 + step), matrix(24, 8, seed=4 + step)]
+            lr = torch.tensor(0.1 / (step + 1))
+            update(params, grads, momentum, lr, 0.5, 0.9, torch.float32)
+        results.append([*params, momentum])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

@@ -223,9 +223,7 @@ class GenerateText(Callback):
 
     def generate(self, trainer: Trainer, module: LightningModule) -> None:
         generator = TextGenerator(module.net, module.data.tokenizer)
-        # the text grows by a token a step: torch.compile would compile for each length
-        with torch.compiler.set_stance("force_eager"):
-            (text,) = generator.generate(self.prompt, **self.settings)
+        (text,) = generator.generate(self.prompt, **self.settings)
         title = f" step {trainer.global_step} ".center(72, "-")
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = text.strip().encode(encoding, "replace").decode(encoding)  # "?" for what it lacks

@@ -4,7 +4,7 @@ Legend: B batch, T time (block_size), V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class GPTModule(LightningModule):
             loss, against overconfidence on small texts (Pereyra et al. 2017).
         eval_iters: at each validation also estimate the losses as the lecture does, from this many
             random batches of each part (`estimate/train`, `estimate/val`); 0 turns it off.
-        compile: compile the model with torch.compile; pays on a GPU.
+        compile: compile the training step with torch.compile; pays on a GPU.
         cuda_graph: on one GPU, take each step as one CUDA graph (see `StepGraph`).
         seed: of the initial weights, and of dropout at each step.
 
@@ -86,6 +86,7 @@ class GPTModule(LightningModule):
             )
         self.save_hyperparameters(ignore=["model", "optimizer"], logger=False)
         self.net: Any = None
+        self.compute_losses: Callable = training_losses
         self.initial_weights: dict[str, torch.Tensor] | None = None
         self.val_loss = MeanMetric()
         self.clock = TrainingClock()
@@ -129,7 +130,7 @@ class GPTModule(LightningModule):
         self.hparams["model"] = config_to_dict(self.config)
         self.hparams["optimizer"] = asdict(self.optimizer_config)
         if self.hparams.compile:
-            self.net.compile()  # in place: torch.compile(net) would rename every weight
+            self.compute_losses = torch.compile(training_losses)
 
     def configure_callbacks(self) -> list[Callback]:
         return [TrainingMetrics()]
@@ -149,7 +150,8 @@ class GPTModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
         fused = self.trainer.precision != "16-mixed"
-        optimizer = build_optimizer(self.net, self.optimizer_config, fused)
+        compile = self.hparams.compile
+        optimizer = build_optimizer(self.net, self.optimizer_config, fused, compile)
         self.group_settings = [
             {name: group[name] for name in ("lr", "betas", "weight_decay")}
             for group in optimizer.param_groups
@@ -205,18 +207,9 @@ class GPTModule(LightningModule):
         return outputs
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        x, y = batch
-        further: torch.Tensor | float = 0.0
-        if getattr(self.config, "multi_token_heads", 0):
-            logits, further = self.net(x, targets=y)
-        else:
-            logits = self.net(x)
-        next_token_loss = cross_entropy(logits, y)
-        loss = next_token_loss + further
-        if self.hparams.confidence_penalty:
-            logs = F.log_softmax(logits.float(), dim=-1)
-            entropy = -(logs.exp() * logs).sum(dim=-1).mean()
-            loss = loss - self.hparams.confidence_penalty * entropy
+        loss, next_token_loss = self.compute_losses(
+            self.net, *batch, self.hparams.confidence_penalty
+        )
         return {"loss": loss, "next": next_token_loss.detach()}
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -278,16 +271,14 @@ class GPTModule(LightningModule):
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """No autocast, no TF32 and no compilation, so that losses can be compared.
+        """No autocast and no TF32, so that losses can be compared.
 
-        With bf16-true and 16-true the weights themselves stay in half precision. Compilation would
-        take minutes for the odd batch shapes of validation.
+        With bf16-true and 16-true the weights themselves stay in half precision.
         """
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
-            eager = torch.compiler.set_stance("force_eager")
-            with torch.autocast(self.device.type, enabled=False), eager:
+            with torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
@@ -390,6 +381,24 @@ class GPTModule(LightningModule):
 def cross_entropy(logits: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Nats that tokens y (B, T) cost under logits (B, T, V), computed in fp32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
+
+
+def training_losses(
+    net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, confidence_penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss to minimise, and that of the next token alone, for x and y (B, T): nats a token."""
+    further: torch.Tensor | float = 0.0
+    if getattr(net.config, "multi_token_heads", 0):
+        logits, further = net(x, targets=y)
+    else:
+        logits = net(x)
+    next_token_loss = cross_entropy(logits, y)
+    loss = next_token_loss + further
+    if confidence_penalty:
+        logs = F.log_softmax(logits.float(), dim=-1)
+        entropy = -(logs.exp() * logs).sum(dim=-1).mean()
+        loss = loss - confidence_penalty * entropy
+    return loss, next_token_loss
 
 
 def check_compiler(device: torch.device) -> None:

@@ -79,11 +79,12 @@ def learning_rate_at(step: int, config: OptimizerConfig, decay_steps: int) -> fl
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, fused: bool = True
+    model: nn.Module, config: OptimizerConfig, fused: bool = True, compile: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer of a model's trainable parameters.
 
     `fused` allows AdamW to run as one kernel. It must be False with gradient scaling (fp16).
+    `compile` compiles Muon's step on a GPU.
 
     Raises:
         UserError: if Muon is asked for and the model has no matrices for it.
@@ -106,6 +107,8 @@ def build_optimizer(
         muon = {"muon": True, "lr": config.muon_learning_rate}
         groups.append({"params": hidden, "weight_decay": config.weight_decay or 0.0, **muon})
         optimizer = MuonAdamW(groups, **settings)
+        if compile and fused and device.type == "cuda":  # with a number, every new rate recompiles
+            optimizer.muon_update = torch.compile(muon_update)
     if fused and device.type == "cuda":
         for group in optimizer.param_groups:  # a CUDA graph would keep a number
             group["lr"] = torch.tensor(group["lr"], device=device)
@@ -164,6 +167,7 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(groups, defaults | dict(momentum=momentum, fused=fused, muon=False))
+        self.muon_update = muon_update
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -216,23 +220,44 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         if all(p.grad is None for p in params):
             return
-        grads = torch.stack([wide(p.grad) for p in params])  # (N, short side, long side)
         state = self.state[params[0]]
         if not state:
-            state["momentum"] = torch.zeros_like(grads)
-        state["momentum"].lerp_(grads, 1 - group["momentum"])
-        nesterov = grads.lerp(state["momentum"], group["momentum"])
-        short, long = grads.shape[1:]
-        # the factor makes the entries of matrices of any shape change by about the same amount
-        updates = newton_schulz(nesterov) * math.sqrt(long / short)
-        lr = group["lr"]
-        for p, update in zip(params, updates, strict=True):
-            if group["weight_decay"]:
-                p.mul_(1 - lr * group["weight_decay"])
-            if isinstance(lr, Tensor):
-                wide(p).sub_(lr * update)
-            else:
-                wide(p).add_(update, alpha=-lr)
+            state["momentum"] = torch.stack([torch.zeros_like(wide(p)) for p in params])
+        dtype = torch.bfloat16 if computes_bf16(params[0].device) else torch.float32
+        grads = [p.grad for p in params]
+        settings = group["lr"], group["weight_decay"], group["momentum"], dtype
+        self.muon_update(params, grads, state["momentum"], *settings)
+
+
+def muon_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    beta: float,
+    dtype: torch.dtype,
+) -> None:
+    """Muon's step for N matrices of one shape, or its transpose, in place.
+
+    Args:
+        momentum: (N, short side, long side) the averaged gradients, updated in place.
+        beta: decay rate of `momentum`.
+        dtype: of the Newton-Schulz iteration.
+    """
+    stacked = torch.stack([wide(grad) for grad in grads])  # (N, short side, long side)
+    momentum.lerp_(stacked, 1 - beta)
+    nesterov = stacked.lerp(momentum, beta)
+    short, long = stacked.shape[1:]
+    # the factor makes the entries of matrices of any shape change by about the same amount
+    updates = newton_schulz(nesterov, dtype) * math.sqrt(long / short)
+    for p, update in zip(params, updates.unbind(), strict=True):
+        if weight_decay:
+            p.mul_(1 - lr * weight_decay)
+        if isinstance(lr, Tensor):
+            wide(p).sub_(lr * update)
+        else:
+            wide(p).add_(update, alpha=-lr)
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -240,15 +265,14 @@ def wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
-def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
     """Matrices (N, R, C), R at most C, with their singular values brought to about 0.7 to 1.2.
 
     Each step is an odd quintic polynomial of the matrix, with coefficients that make small singular
-    values grow fastest (Jordan et al. 2024). bf16 is accurate enough; devices that only emulate it
-    use fp32.
+    values grow fastest (Jordan et al. 2024). It is computed in `dtype`; bf16 is accurate enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    y = x.to(torch.bfloat16 if computes_bf16(x.device) else torch.float32)
+    y = x.to(dtype)
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = y @ y.mT
@@ -257,6 +281,7 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def computes_bf16(device: torch.device) -> bool:
+    """Whether Muon computes in bf16 here; devices that only emulate it use fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu"

@@ -38,8 +38,8 @@ def can_record(trainer: Trainer) -> bool:
 class StepGraph:
     """Takes training steps: eagerly at first, then as a recorded CUDA graph.
 
-    A recorded step includes the forward and backward pass, clipping and the optimizer. Afterwards
-    `.grad` is None, so that Lightning's own backward pass, clipping and optimizer step do nothing.
+    A step is the forward and backward pass, clipping and the optimizer. Afterwards `.grad` is
+    None, so that Lightning's own backward pass, clipping and optimizer step do nothing.
     Learning rates must be tensors on the GPU. Dropout follows the seed set before each step.
 
     Args:
@@ -59,30 +59,34 @@ class StepGraph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The losses of a step on x and y (B, T); after a recorded step also `grad_norm`."""
+        """Take a step on x and y (B, T); returns its losses and `grad_norm`."""
         if self.eager_steps < EAGER_STEPS:
             self.eager_steps += 1
-            return self.losses(batch)
+            return self.step(batch)
         if self.graph is None:
             self.record(batch)
         if batch[0].shape != self.batch[0].shape:
-            return self.losses(batch)
+            return self.step(batch)
         for recorded, part in zip(self.batch, batch, strict=True):
             recorded.copy_(part)
         self.graph.replay()
         return self.outputs
 
+    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        outputs = self.losses(batch)
+        with torch.autocast("cuda", enabled=False):
+            outputs["loss"].backward()
+            outputs["grad_norm"] = self.clip(self.optimizer)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: value.detach() for name, value in outputs.items()}
+
     def record(self, batch: Batch) -> None:
         """Record the graph. Nothing is computed until it is replayed."""
         self.batch = [part.clone() for part in batch]
-        self.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = self.losses(self.batch)
-            with torch.autocast("cuda", enabled=False):
-                outputs["loss"].backward()
-                outputs["grad_norm"] = self.clip(self.optimizer)
-                self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.outputs = {name: value.detach() for name, value in outputs.items()}
+        # a compilation would synchronise, which cannot be recorded
+        compiled_already = torch.compiler.set_stance("fail_on_recompile")
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), compiled_already:
+            self.outputs = self.step(self.batch)
         self.graph = graph
