@@ -1,6 +1,7 @@
 """Speed of generation on a CPU, of ours, nanoGPT and transformers; nanoGPT's GPU shape."""
 
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 from benchmarks.common import markdown, round_figure
 from benchmarks.nanogpt import NanoGPT
 from gpt_lightning import GPTConfig, LectureConfig, TextGenerator
+from gpt_lightning.checkpoint import KEY, describe
 from gpt_lightning.data.tokenizers import CharTokenizer
+from gpt_lightning.errors import UserError
 from gpt_lightning.generation.quantize import quantize
 from gpt_lightning.model import build_model
 
 VOCAB_SIZE = 65
 LENGTH = 255  # characters after the first one, all within the context of 256
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}
+TOKENIZER = CharTokenizer("".join(chr(33 + i) for i in range(VOCAB_SIZE)))
 
 
 def add_arguments(parser):
@@ -26,9 +30,28 @@ def ours(config_class, num_samples: int, precision: str = "auto"):
     """A function that generates with our model, through `TextGenerator`."""
     torch.manual_seed(1337)
     model = build_model(config_class(vocab_size=VOCAB_SIZE, block_size=256, **SHAPE)).eval()
-    tokenizer = CharTokenizer("".join(chr(33 + i) for i in range(VOCAB_SIZE)))
-    generator = TextGenerator(quantize(model, precision), tokenizer)
+    return texts(TextGenerator(quantize(model, precision), TOKENIZER), num_samples)
+
+
+def texts(generator: TextGenerator, num_samples: int):
     return lambda: generator.generate("!", max_new_tokens=LENGTH, num_samples=num_samples)
+
+
+def in_onnxruntime() -> TextGenerator:
+    """The default model, exported to ONNX."""
+    from gpt_lightning.export.onnx import export_onnx
+
+    torch.manual_seed(1337)
+    model = build_model(GPTConfig(vocab_size=VOCAB_SIZE, block_size=256, **SHAPE))
+    checkpoint = {
+        "global_step": 0,
+        "state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()},
+        KEY: describe(model.config, TOKENIZER.state(), {}, None),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(path, checkpoint, path)
+        return TextGenerator.load(path)
 
 
 def of_nanogpt(module):
@@ -65,6 +88,12 @@ def measure(args) -> tuple[dict, str]:
         "`lecture`, 32 texts": (ours(LectureConfig, 32), 32),
         "nanoGPT": (of_nanogpt(nanogpt), 1),
     }
+    try:
+        generator = in_onnxruntime()
+        sides["ours, in onnxruntime"] = texts(generator, 1), 1
+        sides["ours, in onnxruntime, 32 texts"] = texts(generator, 32), 32
+    except (ImportError, UserError) as error:
+        print(f'without onnxruntime: {error} (pip install -e ".[export]")')
     try:
         sides["transformers"] = of_transformers(), 1
     except ImportError:

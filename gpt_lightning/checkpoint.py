@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gpt_lightning.data.tokenizers import Tokenizer, tokenizer_from_state
 from gpt_lightning.errors import UserError
@@ -29,6 +30,7 @@ from gpt_lightning.model import ModelConfig, build_model, config_from_dict, conf
 from gpt_lightning.safetensors_file import read_safetensors, write_safetensors
 
 KEY = "gpt_lightning"
+ONNX = ".onnx"  # a file with this suffix is for `TextGenerator.load` and `generate` only
 SAFETENSORS = ".safetensors"  # a file with this suffix has a model to share; see `write_model_file`
 MAX_PICKLE = 4 << 20  # bytes: vocabulary, settings and some 150 for each tensor
 LOGS = "lightning_logs"
@@ -58,13 +60,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"ckpt_path={path}: no such file")
+    if path.suffix == ONNX:
+        raise UserError(
+            f"ckpt_path={path}: only generate reads an ONNX file; give the checkpoint or the "
+            "safetensors file of this model"
+        )
     try:
-        if path.suffix == SAFETENSORS:
-            checkpoint = _read_model_file(path)
-        else:
-            checkpoint = read_archive(path)
-            if sum(tensor.nbytes for tensor in tensors_in(checkpoint)) > path.stat().st_size:
-                raise ValueError("its tensors are larger than the file")
+        checkpoint = (_read_model_file if path.suffix == SAFETENSORS else read_archive)(path)
         # plain types, without attributes: an OrderedDict's could hide settings from a check
         checkpoint[KEY] = json.loads(json.dumps(checkpoint.get(KEY)))
         ours = _is_ours(checkpoint)
@@ -91,13 +93,14 @@ def _read_model_file(path: Path) -> dict[str, Any]:
     weights, description = read_safetensors(path)
     return {
         "global_step": description.pop("step"),
+        "history": description.pop("history", {}),
         "state_dict": {f"net.{name}": weight for name, weight in weights.items()},
         KEY: description,
     }
 
 
 def write_model_file(path: str | Path, checkpoint: dict[str, Any], precision: str = "fp32") -> None:
-    """Write model, tokenizer and settings of a checkpoint to a safetensors file to share.
+    """Write model, tokenizer, settings and history of a checkpoint to a safetensors file to share.
 
     `read_checkpoint` reads it. It has no state of the training, so that no run resumes from it.
 
@@ -107,8 +110,31 @@ def write_model_file(path: str | Path, checkpoint: dict[str, Any], precision: st
     Raises:
         UserError: if a weight is too large for fp16, or the vocabulary for such a file.
     """
-    description = {**checkpoint[KEY], "step": checkpoint["global_step"]}
+    description = {
+        **checkpoint[KEY],
+        "step": checkpoint["global_step"],
+        "history": run_history(checkpoint),
+    }
     write_safetensors(path, net_weights(checkpoint), description, precision)
+
+
+def run_history(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the run of a checkpoint has measured and generated so far.
+
+    Returns:
+        `val_losses`: (step, nats per character) of each validation; `samples`: (step, text);
+        `floor`: nats per character that no model can beat on the validation text, or None. An
+        entry can be missing.
+    """
+    if "history" in checkpoint:  # of a safetensors file
+        return checkpoint["history"]
+    states = checkpoint.get("callbacks", {})
+    metrics, generated = states.get("TrainingMetrics", {}), states.get("GenerateText", {})
+    return {
+        "val_losses": sorted(metrics.get("val_losses", {}).items()),
+        "samples": sorted(generated.get("samples", {}).items()),
+        "floor": metrics.get("floor"),
+    }
 
 
 def net_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -121,8 +147,16 @@ def net_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def read_archive(path: Path) -> Any:
-    """What torch.save wrote to a file, on the CPU: plain types and tensors. No code in it runs."""
-    return torch.load(_verified_copy(path), map_location="cpu", weights_only=True)
+    """What torch.save wrote to a file, on the CPU: plain types and tensors. No code in it runs.
+
+    Raises:
+        ValueError, RuntimeError, ...: if the file is damaged or has other content.
+    """
+    content = torch.load(_verified_copy(path), map_location="cpu", weights_only=True)
+    # a tensor may have two names, as nanoGPT's embedding and head
+    if sum(tensor.nbytes for tensor in _tensors_in(content)) > 2 * path.stat().st_size:
+        raise ValueError("its tensors are larger than the file")
+    return content
 
 
 def _verified_copy(path: Path) -> io.BytesIO:
@@ -158,13 +192,13 @@ def _check_pickle(data: bytes) -> None:
             raise ValueError(f"data.pkl names {argument}")
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
+            yield from _tensors_in(part)
 
 
 def _is_ours(checkpoint: dict[str, Any]) -> bool:
@@ -201,22 +235,54 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 def model_and_tokenizer(
     checkpoint: dict[str, Any], path: str | Path, unknown: str = "error"
 ) -> tuple[nn.Module, Tokenizer]:
-    """Model (on the CPU, in eval mode) and tokenizer of the checkpoint read from `path`."""
+    """Model (on the CPU, in eval mode) and tokenizer of the checkpoint read from `path`.
+
+    Raises:
+        UserError: if model, weights and tokenizer do not fit each other.
+    """
     entry = checkpoint[KEY]
-    tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
-    weights, found = net_weights(checkpoint), {}
     try:
-        config = config_from_dict(entry["model"])
-        if getattr(config, "n_layer", 0) <= len(weights):
-            with torch.device("meta"):  # before memory is taken for these sizes
-                found = build_model(config).state_dict()
-        if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in weights.items()}:
-            raise ValueError("other names or shapes")
+        tokenizer = tokenizer_from_state(entry["tokenizer"], unknown)
+        model = model_with_weights(entry["model"], net_weights(checkpoint))
+        if tokenizer.vocab_size != (of_model := entry["model"]["vocab_size"]):
+            raise UserError(
+                f"its tokenizer has {tokenizer.vocab_size} tokens, and its model {of_model}"
+            )
+    except UserError as error:
+        raise UserError(f"ckpt_path={path}: {error}") from error
+    return model, tokenizer
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Skips `nn.init.normal_`, for which the meta device imports torch's compiler: 0.8 seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def model_with_weights(settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> nn.Module:
+    """The model, in eval mode, of settings from `config_to_dict`, with these weights.
+
+    Its size is bounded by that of the weights, whatever the settings say.
+
+    Raises:
+        UserError: if the settings do not fit the weights.
+    """
+    try:
+        config = config_from_dict(settings)
+        counts = (getattr(config, name, 0) for name in ("n_layer", "multi_token_heads"))
+        if max(counts) > len(weights):
+            raise UserError("more layers than weights")
+        with torch.device("meta"), _NoRandomWeights():  # takes no memory for the weights
+            expected = build_model(config).state_dict()
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
+            raise UserError("other names or shapes")
         model = build_model(config)
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
-        raise UserError(f"ckpt_path={path}: the model's settings do not fit its weights") from error
-    return model.eval(), tokenizer
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, UserError) else ""
+        raise UserError(f"the model's settings do not fit its weights{reason}") from error
+    return model.eval()
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -237,7 +303,8 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
         files = list(Path(root).glob(f"{LOGS}/*/checkpoints/*.ckpt"))
         if not files:
             raise UserError(
-                f"ckpt_path={which}: no run in {Path(root) / LOGS}; train one with: {COMMAND} fit"
+                f"ckpt_path={which}: no run in {Path(root) / LOGS}; give ckpt_path=FILE, or "
+                f"train a model with: {COMMAND} fit"
             )
         path = max(files, key=os.path.getmtime).parent
     else:

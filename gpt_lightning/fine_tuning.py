@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.checkpoint import KEY, MAY_DIFFER
+from gpt_lightning.checkpoint import KEY, MAY_DIFFER, model_and_tokenizer, net_weights
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.tokenizers import tokenizer_from_state
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import config_from_dict, config_to_dict, grown_weights
 
@@ -27,33 +26,30 @@ def begin_from(
         model: settings of the model, completed in place.
 
     Raises:
-        UserError: if a given setting does not fit the weights.
+        UserError: if a given setting does not fit the weights, or they do not fit each other.
     """
+    _, tokenizer = model_and_tokenizer(checkpoint, path)  # raises if they do not fit
     entry = checkpoint[KEY]
-    config, tokenizer = config_from_dict(entry["model"]), entry["tokenizer"]
+    config = config_from_dict(entry["model"])
     vocab_size = config.vocab_size
     for name in ("vocabulary", "vocabulary_corpus", "max_vocab_size"):
         if name in data:
             raise UserError(
                 f"{name}={data[name]} cannot be given: init_from={path} sets it; drop it"
             )
-    _complete(data, "tokenizer", tokenizer["kind"], path)
+    _complete(data, "tokenizer", tokenizer.kind, path)
     if config.name == "lecture":  # it has a weight for each position
         _complete(data, "block_size", config.block_size, path)
     data.setdefault("block_size", config.block_size)
-    if "vocabulary" in tokenizer:
-        data["vocabulary"] = tokenizer["vocabulary"]
+    if "vocabulary" in entry["tokenizer"]:
+        data["vocabulary"] = entry["tokenizer"]["vocabulary"]
     if data["tokenizer"] in ("char", "word") and data.get("unknown") in (None, "error"):
         other = {"tokenizer": "char", "vocabulary": None, "val_corpus": None, "test_corpus": None}
         of_text = TextDataModule(**{**data, **other})
         of_text.prepare_data()
-        grown = tokenizer_from_state(tokenizer)
-        grown = grown.with_characters(of_text.token_file.tokenizer.vocabulary)
+        grown = tokenizer.with_characters(of_text.token_file.tokenizer.vocabulary)
         data["vocabulary"], vocab_size = grown.vocabulary, grown.vocab_size
-    weights = {
-        name.removeprefix("net."): weight for name, weight in checkpoint["state_dict"].items()
-    }
-    weights, config = grown_weights(weights, config, vocab_size)
+    weights, config = grown_weights(net_weights(checkpoint), config, vocab_size)
     for name, value in config_to_dict(config).items():
         if name in MAY_DIFFER:
             model.setdefault(name, value)

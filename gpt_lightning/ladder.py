@@ -3,7 +3,7 @@
 1. Each (rung, seed) is a run of `fit` in its own folder, OUT/RUNG/seed_N.
 2. The results of a run are read from its last checkpoint and its TensorBoard log.
 3. A bigram model made by counting, which needs no training, is added below the first rung.
-4. The rows become ladder.md, ladder.csv and ladder.png.
+4. The rows become ladder.md, ladder.csv and ladder.png, and each rung a page that runs its model.
 
 The files alone record what is done, so the same command resumes an interrupted climb.
 """
@@ -17,6 +17,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,14 @@ from gpt_lightning.checkpoint import KEY, read_checkpoint
 from gpt_lightning.config_files import CONFIGS, load_config
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError
+from gpt_lightning.export.html import Rung, export_html
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.lightning_cli import run_trainer
 from gpt_lightning.model import num_parameters
 from gpt_lightning.model.lecture import Bigram, BigramConfig
 
 LAST = "checkpoints/last.ckpt"
+PAGES = "pages"  # folder of the rungs' pages
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Row:
 
     name: str
     title: str
+    idea: str = ""  # what it adds to the rung before it
+    page: str = ""  # file that runs its model, relative to the table
     parameters: int = 0
     losses: list[float] = field(default_factory=list)  # exact, one for each seed
     estimates: list[float] = field(default_factory=list)  # the lecture's, if the config asks for it
@@ -88,7 +93,7 @@ def climb(argv: list[str]) -> int:
         if not names and rung.stem.endswith("_gpu") and not torch.cuda.is_available():
             print(f"{rung.stem} is skipped: it needs a GPU")
             continue
-        row = Row(rung.stem, title(rung))
+        row = Row(rung.stem, *title_and_idea(rung))
         for seed in seeds:
             folder = args.out / rung.stem / f"seed_{seed}"
             if code := fit(rung, seed, folder, flags):
@@ -100,6 +105,7 @@ def climb(argv: list[str]) -> int:
     if rows:
         last = args.out / rows[0].name / f"seed_{seeds[0]}" / LAST
         data = read_checkpoint(last)[KEY]["settings"]["data"]
+        write_pages(rows, args.out, seeds[0])
         write_results([counted_bigram(data), *rows], data["corpus"], args.out)
     return 0
 
@@ -135,10 +141,11 @@ def find_rungs(folder: str, names: list[str] | None) -> list[Path]:
     return [rung for name, rung in found.items() if names is None or name in names]
 
 
-def title(rung: Path) -> str:
-    """The name of a rung: its config's first comment, up to the colon."""
+def title_and_idea(rung: Path) -> tuple[str, str]:
+    """The name of a rung and what it adds: its config's first comment, before and after a colon."""
     first_line = rung.read_text(encoding="utf-8").partition("\n")[0]
-    return first_line.removeprefix("#").partition(":")[0].strip()
+    title, _, idea = first_line.removeprefix("#").partition(":")
+    return title.strip(), idea.strip()
 
 
 # one run
@@ -198,13 +205,25 @@ def counted_bigram(data_settings: dict) -> Row:
     nats = 0.0
     for x, y in data.val_dataloader():
         nats += float(F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum"))
-    row = Row("counted", "Counted bigram", num_parameters(model), [nats / data.val_characters])
+    row = Row("counted", "Counted bigram", parameters=num_parameters(model))
+    row.losses.append(nats / data.val_characters)
     row.floor = data.val_floor
     row.sample = sample_line(TextGenerator(model, data.tokenizer))
     return row
 
 
-# table and picture
+# pages, table and picture
+
+
+def write_pages(rows: list[Row], out: Path, seed: str) -> None:
+    """Write a page that runs the model of each rung, with links to the pages beside it."""
+    (out / PAGES).mkdir(exist_ok=True)
+    for before, row, after in zip([None, *rows], rows, [*rows[1:], None], strict=False):
+        beside = {"previous": before, "next": after}
+        links = {word: (f"{r.name}.html", r.title) for word, r in beside.items() if r}
+        row.page, path = f"{PAGES}/{row.name}.html", out / row.name / f"seed_{seed}" / LAST
+        rung = Rung(row.title, row.idea, links)
+        export_html(path, read_checkpoint(path), out / row.page, rung=rung)
 
 
 def write_results(rows: list[Row], corpus: str, out: Path) -> None:
@@ -228,7 +247,8 @@ def markdown(rows: list[Row]) -> str:
         estimate = f"{mean(row.estimates):.4f}" if row.estimates else ""
         speed = f"{mean(row.speeds):,.0f}" if row.speeds else ""
         sample = row.sample.replace("|", "\\|").replace("`", "'")
-        cells = [row.title, f"{row.parameters:,}", loss, estimate, speed, f"`{sample}`"]
+        title = f"[{row.title}]({quote(row.page)})" if row.page else row.title
+        cells = [title, f"{row.parameters:,}", loss, estimate, speed, f"`{sample}`"]
         text += f"| {' | '.join(cells)} |\n"
     if (floor := rows[0].floor) is not None:
         text += f"\nThe entropy of this text, its floor, is {floor:.4f} nats per character.\n"

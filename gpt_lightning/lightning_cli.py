@@ -151,9 +151,9 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     elif start is not None:
         try:
             start, beginning = read_newest_intact(start, root)
+            weights = begin_from(beginning, start, settings["data"], settings["model"])
         except UserError as error:
             raise UserError(str(error).replace("ckpt_path=", "init_from=")) from error
-        weights = begin_from(beginning, start, settings["data"], settings["model"])
         if rank_zero_only.rank == 0:
             print(f"start  {start}, step {beginning['global_step']:,}")
     try:

@@ -26,15 +26,16 @@ def write_safetensors(
     """Write weights in `precision`, one of DTYPES, and a description in plain types.
 
     Raises:
-        UserError: if a weight is beyond the range of fp16, or the description is too long.
+        UserError: if a weight is not finite in `precision`, or the description is too long.
     """
     dtype = DTYPES[precision]
     converted = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
     for name, weight in converted.items():
         if not weight.isfinite().all():
+            if not weights[name].isfinite().all():
+                raise UserError(f"the weight {name} is not finite")
             raise UserError(
-                f"precision={precision}: the weight {name} has numbers that are not finite or too "
-                "large for it; use fp32 or bf16"
+                f"precision={precision}: the weight {name} is too large for it; use fp32 or bf16"
             )
     metadata = {"format": "pt", KEY: json.dumps(description), DIGEST: "0" * 64}
     data = save(converted, metadata)

@@ -51,6 +51,8 @@ def test_a_shared_file_is_exported_again_in_another_precision(here):
         ([], "the following arguments are required: --to"),
         (["--to=gguf"], "invalid choice: 'gguf'"),
         (["--to=safetensors", "--out=a.bin"], "--out=a.bin must end with .safetensors"),
+        (["--to=onnx", "--out=a.bin"], "--out=a.bin must end with .onnx"),
+        (["--to=html", "--out=a"], "--out=a must end with .html"),
         (["--to=safetensors", "--out=no/a.safetensors"], "there is no such folder"),
         (["--to=onnx", "--precision=fp16"], "--precision=fp16 is not one of --to=onnx: drop it"),
         (["--to=onnx", "--ckpt_path=no.ckpt"], "--ckpt_path=no.ckpt: no checkpoint"),
@@ -73,6 +75,18 @@ def test_a_missing_package_is_named(here, capsys, monkeypatch):
     assert 'needs onnx: pip install -e ".[export]"' in capsys.readouterr().err
 
 
+def test_a_failed_export_removes_nothing_that_someone_else_wrote(here, capsys, monkeypatch):
+    def export_while_a_user_writes(path, checkpoint, out):
+        out.mkdir()
+        (out / "theirs").touch()
+        raise FileExistsError("it exists")
+
+    monkeypatch.setattr(export, "exporter", lambda name: export_while_a_user_writes)
+    assert run("export", "--to=transformers", "--out=a") == 2
+    assert "--out=a cannot be written" in capsys.readouterr().err
+    assert (here / "a/theirs").exists()
+
+
 def test_weights_that_are_not_finite_are_not_exported(here, capsys):
     checkpoint = torch.load(BEST, weights_only=True)
     checkpoint["state_dict"]["net.lm_head.weight"][0, 0] = torch.nan
@@ -83,21 +97,32 @@ def test_weights_that_are_not_finite_are_not_exported(here, capsys):
     assert not list(here.glob("model.*"))
 
 
-def test_settings_without_a_number_in_json_do_not_break_the_page(here):
+def test_settings_without_a_number_in_json_do_not_break_the_page(here, capsys):
     checkpoint = torch.load(BEST, weights_only=True)
     checkpoint["gpt_lightning"]["settings"]["trainer"]["gradient_clip_val"] = math.inf
     torch.save(checkpoint, "inf.ckpt")
     assert run("export", "--to=html", "--ckpt_path=inf.ckpt") == 0
+    assert "open it in a browser" in capsys.readouterr().out
     page = Path("model.html").read_text()
     assert '"gradient_clip_val":"Infinity"' in page and ":Infinity" not in page
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"n_layer": 3_000_000}, {"n_embd": 1 << 20}, {"n_layer": "x"}], ids=str
+    "sizes",
+    [
+        {"n_layer": 3_000_000},
+        {"n_embd": 1 << 20},
+        {"n_layer": "x"},
+        {"block_size": 1 << 40},
+        {"multi_token_heads": 1 << 40},
+        {"n_gram": 16},
+    ],
+    ids=str,
 )
 def test_sizes_that_the_weights_do_not_have_take_no_memory(here, sizes, capsys):
     checkpoint = torch.load(BEST, weights_only=True)
     checkpoint["gpt_lightning"]["model"] |= sizes
     torch.save(checkpoint, "large.ckpt")
-    assert run("generate", "--ckpt_path=large.ckpt") == 2
-    assert "do not fit its weights" in capsys.readouterr().err
+    for command in (["generate", "--ckpt_path"], ["fit", "--data.corpus=text.txt", "--init_from"]):
+        assert run(*command[:-1], f"{command[-1]}=large.ckpt") == 2
+        assert f"{command[-1]}=large.ckpt: the model's settings do not" in capsys.readouterr().err

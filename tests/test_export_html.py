@@ -12,13 +12,14 @@ import torch
 from conftest import TEXT, Page, perturbed
 
 from gpt_lightning import BigramConfig, GPTConfig, LectureConfig, Sampling, TextGenerator
-from gpt_lightning.checkpoint import KEY, describe, read_checkpoint
+from gpt_lightning.checkpoint import KEY, describe, read_checkpoint, write_model_file
 from gpt_lightning.cli import main
 from gpt_lightning.data.bpe import BPETokenizer
 from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt_lightning.data.words import WordTokenizer
 from gpt_lightning.errors import UserError
-from gpt_lightning.export.html import PAGE, export_html
+from gpt_lightning.export.html import PAGE, Rung, export_html, pack
+from gpt_lightning.generation.scoring import predictions
 from gpt_lightning.model import build_model, num_parameters
 
 NODE = shutil.which("node")
@@ -63,7 +64,11 @@ def checkpoint_of(model, tokenizer=CHARACTERS, name="text.txt"):
     corpus = {"name": name, "sha256": "", "split": "tail", "val_fraction": 0.1}
     weights = {f"net.{key}": weight for key, weight in model.state_dict().items()}
     entry = describe(model.config, tokenizer.state(), corpus, {})
-    return {KEY: entry, "global_step": 10, "state_dict": weights}
+    callbacks = {
+        "TrainingMetrics": {"val_losses": {5: 2.5, 10: 1.25}, "floor": 0.5},
+        "GenerateText": {"samples": {4: "Tx <b>", 7: "To b", 10: "To be"}},
+    }
+    return {KEY: entry, "global_step": 10, "state_dict": weights, "callbacks": callbacks}
 
 
 @pytest.fixture
@@ -143,6 +148,16 @@ def test_costs_are_those_of_score(name, export):
 
 
 @needs_node
+def test_costs_of_a_long_text_are_those_of_windows_a_quarter_of_block_size_apart(export):
+    model, text = model_of(CONFIGS["gpt"]), TEXT[: 4 * B]
+    cells = generated(export(model), text, 0)
+    pieces = predictions(model, CHARACTERS.encode(text), [(0, len(text))], stride=B // 4)
+    expected = torch.cat([torch.tensor(piece.nats) for piece in pieces])
+    costs = torch.tensor([cell["nats"] for cell in cells[1:]])
+    torch.testing.assert_close(costs, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_node
 def test_attention_and_layers_end_in_the_prediction(export):
     model, config = model_of(CONFIGS["lecture"]), CONFIGS["lecture"]
     ids = CHARACTERS.encode(TEXT)[:10].tolist()
@@ -203,6 +218,9 @@ def test_tokenizers_encode_as_in_python_and_cells_are_whole_characters(tokenizer
     cells = generated(export(build_model(config), tokenizer), UNICODE, 0)
     assert [i for cell in cells for i in cell["ids"]] == tokenizer.encode(UNICODE).tolist()
     assert "".join(cell["text"] for cell in cells) == UNICODE
+    for cell in cells[1:]:
+        assert cell["nats"] == pytest.approx(sum(cell["costs"])) and cell["nats"] > 0
+    assert cells[0]["nats"] is None
 
 
 @needs_node
@@ -223,6 +241,19 @@ def test_the_page_refers_to_nothing_outside_and_a_hostile_name_is_text(export):
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|import\(|WebSocket", html)
     policy = next(v for _, v in page.attributes if v and "default-src" in v)
     assert "default-src 'none'" in policy
+
+
+def test_the_page_of_a_rung_says_what_it_adds_and_links_to_the_pages_beside_it(tmp_path):
+    links = {"previous": ("1 a.html", "Bigram"), "next": ("3_c.html", "C & <D>")}
+    checkpoint = checkpoint_of(model_of(CONFIGS["bigram"]))
+    rung = Rung("<One> head", "each position attends.", links)
+    export_html(Path("last.ckpt"), checkpoint, tmp_path / "page.html", rung=rung)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.texts["h1"] == page.texts["title"]
+    assert page.texts["h1"][0].startswith("<One> head: language model, ")
+    assert page.texts["p"][0] == "Each position attends."
+    assert page.texts["a"] == ["Previous: Bigram", "Next: C & <D>"]
+    assert [v for k, v in page.attributes if k == "href"] == ["data:,", "1%20a.html", "3_c.html"]
 
 
 def luminance(color):
@@ -253,10 +284,49 @@ def test_mistakes_are_users_errors_and_leave_no_file(export, tmp_path):
     with pytest.raises(UserError, match="precision=fp16 cannot hold lm_head.weight"):
         export(model, precision="fp16")
     with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e7
+    with pytest.raises(UserError, match="precision=int8 cannot hold lm_head.weight"):
+        export(model, precision="int8")
+    with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         export(model)
     assert not list(tmp_path.iterdir())
+
+
+@needs_node
+def test_large_weights_are_packed_where_the_precision_holds_them(export):
+    model = model_of(CONFIGS["lecture"])
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 8e6  # in int8, the scale of its row is 63,000
+        model.lm_head.bias[0] = 1e6  # vectors stay in fp32
+    found = javascript(
+        export(model, precision="int8"),
+        "['weight', 'bias'].map(name => model.weights[`lm_head.${name}`].data[0])",
+    )
+    assert found == [pytest.approx(8e6, rel=1e-2), 1e6]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])
+def test_weights_without_numbers_are_packed(precision):
+    model = torch.nn.ParameterDict({"a": torch.zeros(0, 3), "b": torch.zeros(3, 0)})
+    described, _ = pack(model, precision)
+    assert [entry["shape"] for entry in described] == [(0, 3), (3, 0)]
+
+
+def test_the_page_of_a_safetensors_file_is_that_of_its_checkpoint(tmp_path):
+    checkpoint = checkpoint_of(model_of(CONFIGS["bigram"]))
+    write_model_file(tmp_path / "model.safetensors", checkpoint)
+    for name, read in (
+        ("ckpt", checkpoint),
+        ("file", read_checkpoint(tmp_path / "model.safetensors")),
+    ):
+        export_html(Path("best.ckpt"), read, tmp_path / name)
+    html = (tmp_path / "ckpt").read_text(encoding="utf-8")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == html
+    run = json.loads(Page(html).script("description"))["run"]
+    assert run["losses"] == [[5, 2.5], [10, 1.25]] and run["floor"] == 0.5
+    assert run["samples"] == [[4, "Tx <b>"], [7, "To b"], [10, "To be"]]
 
 
 def test_the_command_on_the_page_repeats_the_run(trained, tmp_path, monkeypatch):
@@ -386,7 +456,7 @@ def test_stop_ends_a_text_and_continue_adds_to_it(open_page):
     assert count < 100_000
     page.fill("#length", "10")
     page.click("#more")
-    page.locator("#status", has_text=f"{count + 10} characters").wait_for()
+    page.locator("#status", has_text=f"{count + 10:,} characters").wait_for()
     page.fill("#temperature", "-1")
     page.click("#generate")  # the browser names the wrong value
     assert len(shown_text(page)) == count + 10
@@ -414,3 +484,49 @@ def test_with_reduced_motion_the_text_appears_at_once_and_a_bigram_has_no_layers
     page = open_page(model_of(CONFIGS["bigram"]), reduced_motion="reduce")
     assert len(shown_text(page)) == 301
     assert not page.locator("#inside").is_visible() and not page.locator("#colors").is_visible()
+
+
+def test_the_slider_shows_the_samples_through_training_with_their_losses(open_page):
+    page = open_page(model_of(CONFIGS["bigram"]), width=360)
+    sample, shown = page.locator("#sample"), page.locator("#shown")
+    assert (sample.inner_text(), shown.inner_text()) == (
+        "To be",
+        "Step 10, validation loss 1.2500 nats (1.80 bits)",
+    )
+    tab_to(page, "step")
+    press(page, "ArrowLeft")
+    assert sample.inner_text() == "To b"
+    assert shown.inner_text() == "Step 7, validation loss 2.5000 nats (3.61 bits) at step 5"
+    press(page, "Home")
+    assert (sample.inner_text(), shown.inner_text()) == ("Tx <b>", "Step 4")
+    assert page.get_by_role("slider").get_attribute("aria-valuetext") == "Step 4"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_known_entropy_stands_beside_the_costs(open_page):
+    page = open_page(model_of(CONFIGS["gpt"]))
+    assert (
+        page.locator("#status")
+        .inner_text()
+        .endswith("Entropy of the corpus: 0.500 nats (0.72 bits).")
+    )
+    page.locator("#text span").nth(5).click()
+    assert page.locator("#details p").inner_text().endswith("; entropy 0.72 bits per character")
+    assert "0.5000 nats (0.72 bits)" in page.locator("#figures").inner_text()
+    assert page.locator("#losses .floor").count() == 1
+
+
+def test_a_character_of_several_tokens_shows_the_cost_of_each(open_page):
+    tokenizer = ByteTokenizer()
+    config = BigramConfig(vocab_size=tokenizer.vocab_size, block_size=B)
+    page = open_page(build_model(config), tokenizer=tokenizer)
+    page.fill("#prompt", "a\N{BEETLE}b")
+    page.click("#score")
+    page.locator("#status", has_text="3 characters").wait_for()
+    page.locator("#text span").nth(1).click()
+    details = page.locator("#details p").inner_text()
+    total, *parts = map(
+        float, re.findall(r"([\d.]+) bits[),;]", details.split("; entropy")[0] + ";")
+    )
+    assert re.findall(r"\\x\w\w", details) == [r"\xf0", r"\x9f", r"\xaa", r"\xb2"]
+    assert len(parts) == 4 and sum(parts) == pytest.approx(total, abs=0.03)

@@ -15,7 +15,7 @@ from conftest import seeded
 from gpt_lightning.checkpoint import KEY, model_and_tokenizer
 from gpt_lightning.cli import main
 from gpt_lightning.errors import UserError
-from gpt_lightning.export.nanogpt import import_mingpt, import_nanogpt, vocabulary_of_meta
+from gpt_lightning.export.nanogpt import import_mingpt, import_nanogpt, tokenizer_of_meta
 from gpt_lightning.generation.generator import TextGenerator
 
 V, C, T, LAYERS, HEADS = 7, 12, 8, 2, 3
@@ -115,11 +115,11 @@ def test_mingpts_model_uses_the_approximate_gelu_and_the_texts_characters(tmp_pa
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_the_vocabulary_of_meta_pkl_is_in_the_order_of_ids(tmp_path, protocol):
+def test_the_tokenizer_of_meta_pkl_is_in_the_order_of_ids(tmp_path, protocol):
     characters = [chr(i) for i in range(400, 40, -1)]  # ids of more than one byte
     meta = {"itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-    assert vocabulary_of_meta(tmp_path / "meta.pkl") == "".join(characters)
+    assert tokenizer_of_meta(tmp_path / "meta.pkl").vocabulary == "".join(characters)
 
 
 class Call:
@@ -160,7 +160,7 @@ def test_no_code_in_the_files_is_run(tmp_path, place):
 def test_a_meta_pkl_of_another_content_is_one_error(tmp_path, meta):
     (tmp_path / "meta.pkl").write_bytes(meta)
     with pytest.raises(UserError, match="meta=.*not a pickle of a dict of texts and integers"):
-        vocabulary_of_meta(tmp_path / "meta.pkl")
+        tokenizer_of_meta(tmp_path / "meta.pkl")
 
 
 def without(name):
@@ -173,12 +173,16 @@ def without(name):
     "changes, message",
     [
         ({"model_args": None}, "not a checkpoint of nanoGPT's train.py"),
-        ({"model_args": {"n_head": 5}}, "n_embd=12 must be a multiple of n_head=5"),
-        ({"model_args": {"n_head": "3"}}, 'n_head="3" must be of type int'),
+        ({"model_args": {"dropout": 0.1}}, "n_head and dropout in model_args"),
+        ({"model_args": {"n_head": 5, "dropout": 0}}, "n_embd=12 must be a multiple of n_head=5"),
+        ({"model_args": {"n_head": "3", "dropout": 0}}, 'n_head="3" must be of type int'),
         ({"weights": {}}, "not the weights of a GPT-2"),
         ({"weights": without("transformer.h.1.mlp.c_fc.weight")}, "not the weights of a GPT-2"),
         ({"weights": {n: w[:3] for n, w in random_weights(True).items()}}, "vocabulary 7"),
-        ({"weights": without("transformer.h.1.mlp.c_fc.bias")}, "do not fit its weights"),
+        ({"weights": without("transformer.h.1.mlp.c_fc.bias")}, "^[^=]*do not fit its weights"),
+        ({"weights": {n: w[..., :0] for n, w in random_weights(True).items()}}, "of a GPT-2"),
+        ({"weights": {n: w[:0] for n, w in random_weights(True).items()}}, "0 tokens"),
+        ({"weights": {0: torch.zeros(1)}}, "not the weights of a GPT-2"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_one_error(tmp_path, changes, message):
@@ -220,6 +224,20 @@ def test_flags_of_another_program_are_errors(capsys):
     ):
         assert run("import", *argv) == 2
         assert message in capsys.readouterr().err
+
+
+def test_settings_in_the_file_are_not_written_as_flags(tmp_path, capsys):
+    path, meta = write_nanogpt(tmp_path, model_args={"n_head": 5, "dropout": 0})
+    assert run("import", "--from=nanogpt", path, f"--meta={meta}", f"--out={path}.safetensors") == 2
+    assert f"error: {path}: n_embd=12 must be a multiple of n_head=5" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_imported(tmp_path, capsys):
+    weights = random_weights(True)
+    weights["transformer.ln_f.weight"][0] = torch.inf
+    path, meta = write_nanogpt(tmp_path, weights=weights)
+    assert run("import", "--from=nanogpt", path, f"--meta={meta}", f"--out={path}.safetensors") == 2
+    assert "the weight ln_f.weight is not finite" in capsys.readouterr().err
 
 
 NANOGPT = os.environ.get("NANOGPT")

@@ -80,6 +80,8 @@ def test_the_tokenizer_of_characters_has_our_ids_and_keeps_every_text(tmp_path):
     text = "a  b\r\n\n .,' \u4e2d\u4e2dé b\u0301a\U0001f600 "
     assert theirs(text)["input_ids"] == ours.encode(text).tolist()
     assert theirs.decode(ours.encode(text).tolist()) == text
+    with pytest.raises(Exception, match="Missing .UNK. token from the vocabulary"):
+        theirs("a?")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,45 @@ def test_other_models_load_after_the_import_that_registers_them(tmp_path, name):
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="no padding"):
         theirs(IDS, attention_mask=IDS)
+
+
+@pytest.fixture(scope="module")
+def default_model(tmp_path_factory):
+    """The default GPT in transformers, with a context of 20 tokens."""
+    import gpt_lightning.export.transformers_model  # noqa: F401
+
+    out = tmp_path_factory.mktemp("default") / "out"
+    export_transformers(out, checkpoint_of("gpt", block_size=20, n_gram=4), out)
+    return AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=["greedy", "beams", "sampled"],
+)
+def test_texts_are_equal_with_and_without_cache_also_beyond_the_window(default_model, settings):
+    computed, found = [], []
+    hook = default_model.net.lm_head.register_forward_hook(
+        lambda _, args, out: computed.append(out.shape[1])
+    )
+    for use_cache in ({}, {"use_cache": False}):  # the cache is the default
+        torch.manual_seed(3)
+        found.append(default_model.generate(IDS, max_new_tokens=24, **use_cache, **settings))
+    hook.remove()
+    # the prompt, tokens up to the end of the window, then windows that move
+    assert computed[:24] == [8] + [1] * 12 + [20] * 11
+    assert computed[24:] == [*range(8, 20), *[20] * 12]
+    assert torch.equal(*found) and found[0].shape[1] == 32
+
+
+def test_a_cache_that_is_not_dynamic_is_refused(default_model):
+    with pytest.raises(ValueError, match="StaticCache: .* DynamicCache only"):
+        default_model.generate(IDS, max_new_tokens=2, cache_implementation="static")
 
 
 @pytest.mark.parametrize("part", [{"residual": False}, {"norm": False}, {"ffwd": 0}], ids=str)

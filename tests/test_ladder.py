@@ -1,6 +1,7 @@
 """The ladder: every run is a `fit`, and the table is read from what the runs left."""
 
 import csv
+import json
 import math
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Page
 
 from gpt_lightning import ladder
 from gpt_lightning.cli import main
@@ -87,6 +89,23 @@ def test_the_table_has_a_row_for_each_rung_with_the_figures_of_its_runs(capsys, 
     assert (Path("out") / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_each_rung_has_a_page_that_links_to_the_next_and_the_previous(without_gpu):
+    assert climb("--out=out") == 0
+    markdown = Path("out/ladder.md").read_text(encoding="utf-8")
+    assert "| [The table](pages/1_low.html) |" in markdown and "| Counted bigram |" in markdown
+    low, high = (
+        Page(Path(f"out/pages/{name}.html").read_text(encoding="utf-8"))
+        for name in ("1_low", "2_high")
+    )
+    assert (low.texts["p"][0], low.texts["a"]) == ("A bigram.", ["Next: The block"])
+    assert high.texts["h1"][0].startswith("The block: language model, ")
+    assert high.texts["p"][0] == "It attends to earlier characters."
+    assert high.texts["a"] == ["Previous: The table"]
+    assert [v for k, v in high.attributes if k == "href"] == ["data:,", "1_low.html"]
+    run = json.loads(high.script("description"))["run"]
+    assert run["losses"][-1][1] == pytest.approx(losses(table("out")["2_high"])[0], abs=1e-5)
+
+
 def test_the_loss_of_a_run_is_that_of_validate(capsys):
     assert climb("--out=out", "--rungs=2_high", "--seeds=1") == 0
     (loss,) = losses(table("out")["2_high"])
@@ -162,7 +181,9 @@ def test_a_wrong_flag_is_a_message_of_one_line(flags, message, capsys):
 def test_the_shipped_ladder_has_every_rung_of_the_lecture():
     rungs = ladder.find_rungs("lecture", None)
     assert all(rung.is_relative_to(CONFIGS) for rung in rungs)
-    assert [ladder.title(rung) for rung in rungs] == [
+    titles, ideas = zip(*map(ladder.title_and_idea, rungs), strict=True)
+    assert all(idea.endswith(".") for idea in ideas)
+    assert list(titles) == [
         "Bigram", "Embedding", "One head", "Scaled", "Four heads", "Feed-forward", "Three blocks",
         "Residual connections", "Projections", "Wide feed-forward", "LayerNorm", "Dropout",
         "Scaled up",

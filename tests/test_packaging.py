@@ -110,7 +110,7 @@ def test_every_imported_package_is_a_dependency():
         "charset_normalizer": "charset-normalizer",
     }
     # their absence is reported
-    optional = {"matplotlib", "tokenizers", "transformers", "onnx", "onnxscript"}
+    optional = {"matplotlib", "tokenizers", "transformers", "onnx", "onnxscript", "onnxruntime"}
     known = sys.stdlib_module_names | optional | {"gpt_lightning"}
     for path in (ROOT / "gpt_lightning").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

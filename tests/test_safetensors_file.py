@@ -69,6 +69,23 @@ def test_a_vocabulary_of_any_characters_is_kept(path):
     assert read_checkpoint(path)[KEY]["tokenizer"]["vocabulary"] == vocabulary
 
 
+@pytest.mark.parametrize(
+    "tokenizer, message",
+    [
+        ({"kind": "char", "vocabulary": "\n abcdea"}, "must be a string of distinct characters"),
+        ({"kind": "char", "vocabulary": "\n abc"}, "its tokenizer has 5 tokens, and its model 9"),
+        ({"kind": "byte"}, "its tokenizer has 256 tokens"),
+        ({"kind": "x"}, "not the state of a tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_an_error_that_names_the_file(path, tokenizer, message):
+    checkpoint = checkpoint_of("lecture")
+    checkpoint[KEY]["tokenizer"] = tokenizer
+    write_model_file(path, checkpoint)
+    with pytest.raises(UserError, match=f"ckpt_path=.*a.safetensors: .*{message}"):
+        load_model(path)
+
+
 def test_every_changed_byte_is_noticed(path):
     write_safetensors(path, {"w": torch.arange(5.0)}, {"text": "a \u00e9"})
     data = path.read_bytes()
@@ -116,6 +133,16 @@ HOSTILE = {
     "a description that is no dict": signed({"w": torch.zeros(2)}, "[1]"),
     "a description of deep nesting": signed({"w": torch.zeros(2)}, "[" * 100_000 + "]" * 100_000),
 }
+
+
+def test_of_two_tensors_with_one_name_the_library_takes_the_last(path):
+    """So that such a file, which its author can sign, has one meaning for all readers."""
+    tensor = '"w": {"dtype": "F32", "shape": [%d], "data_offsets": [0, 4]}'
+    header = f'{{"__metadata__": {{"{KEY}": "1", "sha256": "{"0" * 64}"}}, '
+    data = with_header(f"{header}{tensor % 2}, {tensor % 1}}}".encode(), struct.pack("<f", 5))
+    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
+    weights, _ = read_safetensors(path)
+    assert weights["w"].tolist() == [5]
 
 
 @pytest.mark.parametrize("case", HOSTILE)

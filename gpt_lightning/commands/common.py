@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gpt_lightning.data.corpus import Corpus, find_corpus
@@ -60,6 +61,20 @@ def read_file(path: str, flag: str) -> str:
         raise UserError(f"{flag}={path} {message}") from None
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be read: {error}") from None
+
+
+def check_new(name: str, path: Path, suffix: str) -> None:
+    """Raise a UserError unless the setting `name` is a path for a new file or folder.
+
+    Args:
+        suffix: that it must have; an empty one allows any.
+    """
+    if suffix and path.suffix != suffix:
+        raise UserError(f"{name}={path} must end with {suffix}")
+    if path.exists():
+        raise UserError(f"{name}={path} exists; delete it or give another name with --{name}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{name}={path}: there is no such folder")
 
 
 def pick_device(name: str) -> str:

@@ -20,6 +20,7 @@ from gpt_lightning.commands.common import (
     HOW,
     Parser,
     add_corpus_flags,
+    check_new,
     corpus_of,
     errors_name_flags,
     pick_device,
@@ -83,10 +84,8 @@ def evaluate(args: Namespace) -> None:
     for name in ("lines", "show", "html"):
         if getattr(args, name) and len(paths) > 1:
             raise UserError(f"--{name} is for one checkpoint, and --ckpt_path gives {len(paths)}")
-    if args.html and Path(args.html).exists():
-        raise UserError(f"html={args.html} exists; delete it or give another name")
-    if args.html and not Path(args.html).absolute().parent.is_dir():
-        raise UserError(f"html={args.html}: there is no such folder")
+    if args.html:
+        check_new("html", Path(args.html), ".html")
     typed = read_file("-", "--text") if args.text == "-" else None
     results = [score_checkpoint(path, typed, args) for path in paths]
     figures, costs = [result.figures for result in results], results[0].costs

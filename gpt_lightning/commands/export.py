@@ -1,12 +1,11 @@
 """`export`: a checkpoint's model in a format of other programs."""
 
-import shutil
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.commands.common import Parser, errors_name_flags
+from gpt_lightning.commands.common import Parser, check_new, errors_name_flags
 from gpt_lightning.errors import UserError
 
 OUT = {  # what --out is if it is not given
@@ -51,7 +50,6 @@ def export(args: Namespace) -> None:
     from safetensors import SafetensorError
 
     from gpt_lightning.checkpoint import (
-        SAFETENSORS,
         net_weights,
         read_newest_intact,
         shell_command,
@@ -59,9 +57,7 @@ def export(args: Namespace) -> None:
     )
 
     out = Path(args.out or OUT[args.to])
-    check_out(out)
-    if args.to == "safetensors" and out.suffix != SAFETENSORS:
-        raise UserError(f"out={out} must end with {SAFETENSORS}")
+    check_new("out", out, Path(OUT[args.to]).suffix)
     precisions = PRECISIONS.get(args.to, ())
     if args.precision not in (None, *precisions):
         advice = f"choose {', '.join(precisions)}" if precisions else "drop it"
@@ -70,29 +66,21 @@ def export(args: Namespace) -> None:
     for name, weight in net_weights(checkpoint).items():
         if not weight.isfinite().all():
             raise UserError(f"ckpt_path={path}: {name} is not finite: its training diverged")
-    use = None
     try:
         if args.to == "safetensors":
             write_model_file(out, checkpoint, args.precision or precisions[0])
             use = shell_command("generate", out)
         elif args.to == "html":
             exporter("html")(path, checkpoint, out, args.precision or precisions[0])
+            use = "open it in a browser"
+        elif args.to == "onnx":
+            exporter("onnx")(path, checkpoint, out)
+            use = shell_command("generate", out)
         else:
-            use = exporter(args.to)(path, checkpoint, out)
+            use = exporter("transformers")(path, checkpoint, out)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(out, ignore_errors=True)
-        if out.is_file():
-            out.unlink()
         raise UserError(f"out={out} cannot be written: {error}") from error
     report(out, f"{path}, step {checkpoint['global_step']:,}", use)
-
-
-def check_out(out: Path) -> None:
-    """Raise a UserError if `out` exists, or its folder does not."""
-    if out.exists():
-        raise UserError(f"out={out} exists; delete it or give another name with --out")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"out={out}: there is no such folder")
 
 
 def exporter(name: str) -> Any:
@@ -104,10 +92,9 @@ def exporter(name: str) -> Any:
     return getattr(module, f"export_{name}")
 
 
-def report(out: Path, source: str, use: str | None) -> None:
+def report(out: Path, source: str, use: str) -> None:
     """Print what was written, and the command or the code that uses it."""
-    files = [out] if out.is_file() else sorted(out.iterdir())
+    files = [out] if out.is_file() else out.iterdir()
     size = sum(file.stat().st_size for file in files)
-    print(f"{out}: {size / 1e6:.1f} MB, from {source}")
-    if use:
-        print(use)
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    print(f"{out}: {shown}, from {source}\n{use}")

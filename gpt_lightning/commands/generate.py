@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def generate_texts(args: argparse.Namespace, flags: dict[str, str]) -> None:
-    from gpt_lightning.checkpoint import read_newest_intact
+    from gpt_lightning.checkpoint import ONNX, find_checkpoint, read_newest_intact
     from gpt_lightning.generation.generator import TextGenerator
     from gpt_lightning.generation.sampling import Sampling
 
@@ -70,12 +70,18 @@ def generate_texts(args: argparse.Namespace, flags: dict[str, str]) -> None:
     if args.interactive and args.num_samples != 1:
         raise UserError(f"num_samples={args.num_samples} must be 1 with --interactive")
     prompts = [] if args.interactive else read_prompts(args)
-    device = pick_device(args.device)
-    path, checkpoint = read_newest_intact(args.ckpt_path, args.root)
-    generator = TextGenerator.from_checkpoint(
-        checkpoint, path, device, args.precision, args.unknown
-    )
-    source = f"checkpoint {path}, step {checkpoint['global_step']:,}"
+    path = find_checkpoint(args.ckpt_path, args.root)
+    if path.suffix == ONNX:
+        device = "cpu" if args.device == "auto" else pick_device(args.device)
+        generator = TextGenerator.load(path, device, args.precision, args.unknown)
+        source = str(path)
+    else:
+        device = pick_device(args.device)
+        path, checkpoint = read_newest_intact(args.ckpt_path, args.root)
+        generator = TextGenerator.from_checkpoint(
+            checkpoint, path, device, args.precision, args.unknown
+        )
+        source = f"checkpoint {path}, step {checkpoint['global_step']:,}"
     if args.interactive:
         print(source, file=sys.stderr)
         return interact(generator, settings, flags)

@@ -4,8 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.commands.common import Parser, errors_name_flags, read_file
-from gpt_lightning.commands.export import check_out, report
+from gpt_lightning.commands.common import Parser, check_new, errors_name_flags, read_file
+from gpt_lightning.commands.export import report
 from gpt_lightning.errors import UserError
 
 PROGRAMS = {  # the flags that each needs
@@ -35,23 +35,23 @@ def import_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """From flags to a file."""
     args = import_parser().parse_args(argv)
-    with errors_name_flags(args):
+    with errors_name_flags(args) as flags:
+        for name in ("meta", "text", "n_head"):
+            value, needed = getattr(args, name), name in PROGRAMS[args.program]
+            if needed and value is None:
+                raise UserError(f"--from={args.program} needs --{name}; see import --help")
+            if not needed and value is not None:
+                raise UserError(f"{name}={value} is not for --from={args.program}")
+            if not needed:
+                del flags[name]  # in an error, n_head is then a setting in the file
         import_model(args)
 
 
 def import_model(args: Namespace) -> None:
     from gpt_lightning.checkpoint import SAFETENSORS, shell_command, write_model_file
 
-    for name in ("meta", "text", "n_head"):
-        value = getattr(args, name)
-        if value is None and name in PROGRAMS[args.program]:
-            raise UserError(f"--from={args.program} needs --{name}; see import --help")
-        if value is not None and name not in PROGRAMS[args.program]:
-            raise UserError(f"{name}={value} is not for --from={args.program}")
     out = Path(args.out)
-    check_out(out)
-    if out.suffix != SAFETENSORS:
-        raise UserError(f"out={out} must end with {SAFETENSORS}")
+    check_new("out", out, SAFETENSORS)
     checkpoint = read_model(args)
     try:
         write_model_file(out, checkpoint)

@@ -94,7 +94,8 @@ class CharTokenizer:
 
     def __init__(self, vocabulary: str, unknown: str = "error"):
         if not isinstance(vocabulary, str) or not 0 < len(vocabulary) == len(set(vocabulary)):
-            raise UserError(f"vocabulary={vocabulary!r} must be a string of distinct characters")
+            shown = str(vocabulary)[:60]
+            raise UserError(f"vocabulary={shown!r} must be a string of distinct characters")
         self.vocabulary = vocabulary
         self.unknown = choose("unknown", unknown, UNKNOWN)
         self.vocab_size = len(vocabulary)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.checkpoint import KEY, describe, model_and_tokenizer
+from gpt_lightning.checkpoint import KEY, describe, model_with_weights
 from gpt_lightning.data.tokenizers import Tokenizer
 from gpt_lightning.errors import UserError
-from gpt_lightning.model import config_from_dict
+from gpt_lightning.model import config_from_dict, config_to_dict
 
 UNKNOWN_TEXT = "(unknown: the model was imported)"  # what such a model was trained on
 OUTER = {
@@ -69,19 +69,24 @@ def checkpoint_from_gpt2(
     Raises:
         UserError: if these are not the weights of a GPT-2, or the tokenizer is not theirs.
     """
-    weights = {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}
-    layers = {found[0] for name in weights if (found := re.match(r"transformer\.h\.\d+\.", name))}
+    weights = {
+        str(name).removeprefix("_orig_mod."): weight.float()
+        for name, weight in weights.items()
+        if isinstance(weight, torch.Tensor)
+    }
+    found = (re.match(r"transformer\.h\.\d+\.", name) for name in weights)
+    n_layer = len({match[0] for match in found if match})
     ours = {}
     try:
-        for theirs, name in our_names(len(layers)).items():
+        for theirs, name in our_names(n_layer).items():
             weight = weights[f"{theirs}.weight"]
             ours[f"{name}.weight"] = weight.T if transposed and is_conv1d(theirs) else weight
             if f"{theirs}.bias" in weights:
                 ours[f"{name}.bias"] = weights[f"{theirs}.bias"]
         vocab_size, n_embd = ours["token_embedding_table.weight"].shape
         block_size, _ = ours["position_embedding_table.weight"].shape
-        width, _ = ours["blocks.0.ffwd.net.0.weight"].shape
-    except (KeyError, ValueError) as error:
+        ffwd = len(ours["blocks.0.ffwd.net.0.weight"]) // n_embd
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{source}: not the weights of a GPT-2 (see {error})") from error
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -89,19 +94,17 @@ def checkpoint_from_gpt2(
             f"{tokenizer.vocab_size}; give the vocabulary that it was trained with"
         )
     ours.setdefault("lm_head.bias", torch.zeros(vocab_size))
-    sizes = {"n_layer": len(layers), "n_embd": n_embd, "ffwd": width // n_embd}
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "ffwd": ffwd}
     sizes |= {"vocab_size": vocab_size, "block_size": block_size}
     biases = {"bias": "ln_f.bias" in ours, "qkv_bias": "blocks.0.sa.qkv.bias" in ours}
     try:
         config = config_from_dict({"name": "lecture", **sizes, **biases, **settings})
+        model = model_with_weights(config_to_dict(config), ours)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     corpus = {"name": UNKNOWN_TEXT, "sha256": "", "split": "tail", "val_fraction": 0.0}
-    checkpoint = {
+    return {
         "global_step": step,
-        # copies: the head and the embedding of a GPT-2 are one tensor
-        "state_dict": {f"net.{name}": weight.float().clone() for name, weight in ours.items()},
+        "state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()},
         KEY: describe(config, tokenizer.state(), corpus, None),
     }
-    model_and_tokenizer(checkpoint, source)  # raises if a shape does not fit
-    return checkpoint

@@ -5,7 +5,7 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint import read_archive, tensors_in
+from gpt_lightning.checkpoint import read_archive
 from gpt_lightning.data.tokenizers import CharTokenizer
 from gpt_lightning.errors import UserError
 from gpt_lightning.export.gpt2 import checkpoint_from_gpt2
@@ -28,12 +28,18 @@ def import_nanogpt(path: str | Path, meta: str | Path) -> dict[str, Any]:
         UserError: if one of the files is not of nanoGPT, is damaged, or could run code.
     """
     match _read(path):
-        case {"model": dict(weights), "model_args": dict(args), "iter_num": int(step)}:
-            settings: dict[str, Any] = {k: args[k] for k in ("n_head", "dropout") if k in args}
+        case {
+            "model": dict(weights),
+            "model_args": {"n_head": n_head, "dropout": dropout},
+            "iter_num": int(step),
+        }:
+            settings = {"n_head": n_head, "dropout": dropout, "activation": "gelu"}
         case _:
-            raise UserError(f"{path}: not a checkpoint of nanoGPT's train.py")
-    tokenizer = CharTokenizer(vocabulary_of_meta(meta))
-    return checkpoint_from_gpt2(weights, tokenizer, str(path), step, activation="gelu", **settings)
+            raise UserError(
+                f"{path}: not a checkpoint of nanoGPT's train.py, which has model, iter_num, and "
+                "n_head and dropout in model_args"
+            )
+    return checkpoint_from_gpt2(weights, tokenizer_of_meta(meta), str(path), step, **settings)
 
 
 def import_mingpt(path: str | Path, text: str, n_head: int) -> dict[str, Any]:
@@ -55,8 +61,8 @@ def import_mingpt(path: str | Path, text: str, n_head: int) -> dict[str, Any]:
     )
 
 
-def vocabulary_of_meta(path: str | Path) -> str:
-    """The characters of nanoGPT's meta.pkl, in the order of their ids.
+def tokenizer_of_meta(path: str | Path) -> CharTokenizer:
+    """The tokenizer of nanoGPT's meta.pkl.
 
     Raises:
         UserError: if it is no pickle of {"itos": {id: character}, ...}, or could run code.
@@ -70,7 +76,7 @@ def vocabulary_of_meta(path: str | Path) -> str:
             if opcode.name not in PLAIN_OPCODES:
                 raise ValueError(f"{opcode.name} {argument or ''}".strip())
         itos = pickle.loads(data)["itos"]
-        return "".join(itos[i] for i in range(len(itos)))
+        return CharTokenizer("".join(itos[i] for i in range(len(itos))))
     except OSError as error:
         raise UserError(f"meta={path} cannot be read: {error.strerror}") from error
     except Exception as error:  # pickle raises a dozen types for damaged files
@@ -82,14 +88,10 @@ def vocabulary_of_meta(path: str | Path) -> str:
 
 def _read(path: str | Path) -> Any:
     try:
-        content = read_archive(Path(path))
+        return read_archive(Path(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # zipfile and torch raise a dozen types for damaged or hostile files
         raise UserError(
             f"{path}: damaged, or not a file of plain tensors ({error}); no code in it was run"
         ) from error
-    # token embedding and head are one tensor in nanoGPT, so a name more than in the file
-    if sum(tensor.nbytes for tensor in tensors_in(content)) > 2 * Path(path).stat().st_size:
-        raise UserError(f"{path}: its tensors are larger than the file")
-    return content

@@ -7,6 +7,7 @@ Legend: V vocabulary, C channels.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gpt_lightning.model import LectureConfig, config_from_dict, config_to_dict
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}  # transformers' names
 DEFAULTS = {  # of GPT2Config
     "model_type": "gpt2",
+    "n_head": 12,
     "layer_norm_epsilon": 1e-5,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
@@ -56,7 +58,6 @@ def export_transformers(path: Path, checkpoint: dict[str, Any], out: Path) -> st
             "architectures": ["GPTLightningForCausalLM"],
             "model_type": "gpt_lightning",
             "model": config_to_dict(config),
-            "use_cache": False,
         }
         weights = {f"net.{name}": weight for name, weight in model.state_dict().items()}
         load = f"import gpt_lightning.export.transformers_model; {load}"
@@ -68,10 +69,14 @@ def export_transformers(path: Path, checkpoint: dict[str, Any], out: Path) -> st
         "clean_up_tokenization_spaces": False,
     }
     out.mkdir()
-    for name, content in (("config.json", settings), ("tokenizer_config.json", of_tokenizer)):
-        (out / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    (out / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    try:
+        for name, content in (("config.json", settings), ("tokenizer_config.json", of_tokenizer)):
+            (out / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (out / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        save_file(weights, out / "model.safetensors", {"format": "pt"})
+    except BaseException:
+        shutil.rmtree(out)
+        raise
     return load
 
 

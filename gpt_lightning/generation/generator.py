@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt_lightning.checkpoint import KEY, model_and_tokenizer, read_checkpoint
+from gpt_lightning.checkpoint import KEY, ONNX, model_and_tokenizer, read_checkpoint
 from gpt_lightning.data.tokenizers import CharTokenizer, Tokenizer
 from gpt_lightning.errors import UserError
+from gpt_lightning.generation.onnx_model import load_onnx
 from gpt_lightning.generation.quantize import quantize
 from gpt_lightning.generation.sampling import NOT_FINITE, Sampling
 from gpt_lightning.generation.scoring import Score, predictions, total
@@ -72,6 +73,14 @@ def uniforms(B: int, generator: torch.Generator, device: torch.device) -> Iterat
         yield from torch.rand(256, B, generator=generator).to(device)
 
 
+def start_of(description: dict[str, Any]) -> str:
+    """What an empty prompt continues: the separator of documents, or else a line break."""
+    match description:
+        case {"settings": {"data": {"separator": str(separator)}}} if separator:
+            return separator
+    return "\n"
+
+
 class TextGenerator:
     """A model with its tokenizer: text in, text out.
 
@@ -90,15 +99,19 @@ class TextGenerator:
         precision: str = "auto",
         unknown: str = "error",
     ) -> "TextGenerator":
-        """Load model and tokenizer from a checkpoint file, without Lightning and the data.
+        """Load model and tokenizer from a checkpoint or ONNX file, without Lightning and the data.
 
         Args:
             precision: of the weights: `auto`, `fp32`, `bf16` or `int8` (see `quantize`).
             unknown: for characters that the vocabulary lacks: `error`, `drop` or `replace`.
 
         Raises:
-            UserError: for a file that is not an intact checkpoint, or an unknown precision.
+            UserError: for a file that is not an intact checkpoint, an unknown precision, or an ONNX
+                file with another device than the CPU or another precision than fp32.
         """
+        if Path(path).suffix == ONNX:
+            onnx_model, tokenizer, description = load_onnx(path, device, precision, unknown)
+            return cls(onnx_model, tokenizer, start_of(description))
         return cls.from_checkpoint(read_checkpoint(path), path, device, precision, unknown)
 
     @classmethod
@@ -112,9 +125,7 @@ class TextGenerator:
     ) -> "TextGenerator":
         """The same from the checkpoint that `read_checkpoint` has read from `path`."""
         model, tokenizer = model_and_tokenizer(checkpoint, path, unknown)
-        settings = checkpoint[KEY]["settings"] or {}
-        separator = settings.get("data", {}).get("separator")
-        start = separator if isinstance(separator, str) and separator else "\n"
+        start = start_of(checkpoint[KEY])
         return cls(quantize(model.to(device).eval(), precision), tokenizer, start)
 
     def encode_prompt(self, prompt: str) -> list[int]:

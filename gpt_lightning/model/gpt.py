@@ -22,6 +22,8 @@ from gpt_lightning.model.attention import KVCache, causal_attention
 # n-grams have a prime number of rows: the row is a remainder, and a remainder by a power of two
 # would depend on the n-gram's last bytes only.
 PAIR_ROWS, NGRAM_ROWS = 1 << 15, 16_381
+# The rotary table has block_size rows and is in no file, so this bounds the memory of any model.
+MAX_BLOCK_SIZE = 1 << 17
 MULTI_TOKEN_WEIGHT = 0.3  # of the first multi-token head's loss; head n has a weight of 0.3 / n
 
 
@@ -42,7 +44,7 @@ class GPTConfig:
             in training only (Gloeckle et al. 2024, "Better & Faster Large Language Models via
             Multi-token Prediction").
         vocab_size: V, number of distinct tokens; 0: filled in from the data.
-        block_size: T, length of the context in tokens; 0: filled in from the data.
+        block_size: T, length of the context in tokens, at most 131,072; 0: filled in from the data.
 
     Raises:
         UserError: for a value out of range.
@@ -67,6 +69,8 @@ class GPTConfig:
         for name in ("ngram_base", "multi_token_heads", "vocab_size", "block_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.block_size > MAX_BLOCK_SIZE:
+            raise UserError(f"block_size={self.block_size} must be at most {MAX_BLOCK_SIZE}")
         if not 2 <= self.n_gram <= 16:
             raise UserError(f"n_gram={self.n_gram} must be between 2 and 16")
         if self.n_embd % (2 * self.n_head):
@@ -88,8 +92,9 @@ def rotary_table(config: GPTConfig) -> torch.Tensor:
     Wavelengths grow from 2 pi to 10,000 times that (Su et al. 2021, "RoFormer").
     """
     half = config.n_embd // config.n_head // 2
-    frequencies = 10_000.0 ** (-torch.arange(half) / half)
-    angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, D / 2)
+    # on the CPU also for a model on the "meta" device, where these functions import for a second
+    positions, channels = (torch.arange(n, device="cpu") for n in (config.block_size, half))
+    angles = torch.outer(positions, 10_000.0 ** (-channels / half))  # (T, D / 2)
     cos, sin = angles.cos(), angles.sin()
     table = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
     return table[:, :, None, None]

@@ -22,9 +22,10 @@ from gpt_lightning.training.saving import find_keeper, optimizer_step_done
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
 CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val$", "loss/floor"]]}}
 BEST_LOSS = "summary/best_loss"
-SAMPLE_STEPS = 500
+SAMPLE_STEPS = 250
 SLOW_SECONDS = 60  # at a third of the best speed, before a line says so
 PROGRESS_SECONDS = 30  # between lines of progress where there is no bar
+KEPT_SAMPLES, KEPT_CHARACTERS = 20, 2_000  # of a run, and of each sample, in checkpoints
 
 
 class TrainingClock:
@@ -57,13 +58,14 @@ class TrainingMetrics(Callback):
         self.tokens = 0  # since the last log line
         self.seconds_before = 0.0  # of training, until the last log line
         self.val_losses: dict[int, float] = {}  # by step
+        self.floor: float | None = None  # of the validation text, if known
         self.best_speed, self.last_fast = 0.0, math.inf  # `last_fast` is a time
 
     def state_dict(self) -> dict[str, Any]:
-        return {"val_losses": self.val_losses}
+        return {"val_losses": self.val_losses, "floor": self.floor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.val_losses = dict(state["val_losses"])
+        self.val_losses, self.floor = dict(state["val_losses"]), state.get("floor")
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         hp = all_settings(module)
@@ -137,8 +139,10 @@ class TrainingMetrics(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.barebones:
             return
-        self.val_losses[trainer.global_step] = float(trainer.callback_metrics["loss/val"])
-        module.print(validation_line(trainer.callback_metrics, trainer.global_step))
+        metrics = trainer.callback_metrics
+        self.val_losses[trainer.global_step] = float(metrics["loss/val"])
+        self.floor = float(metrics["loss/floor"]) if "loss/floor" in metrics else None
+        module.print(validation_line(metrics, trainer.global_step))
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()
@@ -180,11 +184,12 @@ def all_settings(module: LightningModule) -> dict[str, Any]:
 class GenerateText(Callback):
     """Generates a sample at regular steps, for the terminal and for TensorBoard.
 
-    The sample depends on the weights and the seed alone, and does not affect training.
+    The sample depends on the weights and the seed alone, and does not affect training. Checkpoints
+    keep the samples so far, at most 20, the first and the last among them.
 
     Args:
-        every_n_steps: optimizer steps between samples; 0 generates none. When not given: 500, or
-            half of the run if that is less.
+        every_n_steps: optimizer steps between samples; 0 generates none. When not given: 250, or
+            a quarter of the run if that is less.
         prompt: the text to continue; a line's start by default.
         max_new_tokens: number of tokens to generate.
         temperature: below 1 prefers likely tokens, above 1 flattens the distribution.
@@ -208,11 +213,18 @@ class GenerateText(Callback):
         self.every_n_steps, self.prompt = every_n_steps, prompt
         sampling = Sampling(temperature, top_k)
         self.settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+        self.samples: dict[int, str] = {}  # by step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples = dict(state["samples"])
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.every_n_steps is None:
-            half = trainer.max_steps // 2 if trainer.max_steps > 0 else SAMPLE_STEPS
-            self.every_n_steps = max(1, min(SAMPLE_STEPS, half))
+            quarter = trainer.max_steps // 4 if trainer.max_steps > 0 else SAMPLE_STEPS
+            self.every_n_steps = max(1, min(SAMPLE_STEPS, quarter))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         every, step = self.every_n_steps, trainer.global_step
@@ -224,6 +236,7 @@ class GenerateText(Callback):
     def generate(self, trainer: Trainer, module: LightningModule) -> None:
         generator = TextGenerator(module.net, module.data.tokenizer)
         (text,) = generator.generate(self.prompt, **self.settings)
+        self.keep(trainer.global_step, text)
         title = f" step {trainer.global_step} ".center(72, "-")
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = text.strip().encode(encoding, "replace").decode(encoding)  # "?" for what it lacks
@@ -232,6 +245,14 @@ class GenerateText(Callback):
             if isinstance(logger, TensorBoardLogger):
                 as_code = "\n".join("    " + line for line in text.splitlines())
                 logger.experiment.add_text("sample", as_code, trainer.global_step)
+
+    def keep(self, step: int, text: str) -> None:
+        """Keep a sample; of too many, drop one whose neighbors are closest to each other."""
+        self.samples[step] = text[:KEPT_CHARACTERS]
+        if len(self.samples) > KEPT_SAMPLES:
+            steps = sorted(self.samples)
+            gaps = {b: c - a for a, b, c in zip(steps, steps[1:], steps[2:], strict=False)}
+            del self.samples[min(gaps, key=gaps.__getitem__)]
 
 
 class RunProgressBar(TQDMProgressBar):

@@ -19,7 +19,7 @@ function readWeights(tensors, buffer) {
   const halves = Float32Array.from({ length: 1 << 16 }, (_, bits) => float16(bits));
   const weights = {};
   for (const { name, shape, dtype, offset } of tensors) {
-    const size = shape.reduce((a, b) => a * b), data = new Float32Array(size);
+    const size = shape.reduce((a, b) => a * b, 1), data = new Float32Array(size);
     if (dtype === "fp32") {
       data.set(new Float32Array(buffer, offset, size));
     } else if (dtype === "fp16") {
@@ -447,15 +447,16 @@ function* steps({ ids, from, max_new_tokens, sampling, seed }) {
   }
 }
 
-// Parts of the text that are whole tokens and whole characters: {text, ids, start, nats,
-// likeliest}, of the first token.
+// Parts of the text that are whole tokens and whole characters: {text, ids, nats, costs (nats of
+// each token), start, likeliest}; the last two are of the first token.
 function* cells(tokens) {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   let cell = null;
   for (const { id, nats, ...first } of tokens) {
-    cell ??= { text: "", ids: [], nats: 0, ...first };
+    cell ??= { text: "", ids: [], nats: 0, costs: [], ...first };
     cell.ids.push(id);
-    cell.nats = nats === null ? null : cell.nats + nats;
+    cell.costs.push(nats);
+    cell.nats = cell.costs.includes(null) ? null : cell.nats + nats;
     cell.text = decoder.decode(tokenizer.bytes[id], { stream: true });
     yield cell.text ? cell : null; // null: within a character
     if (cell.text) cell = null;

@@ -17,7 +17,7 @@ let job = 0; // number of the newest request; what earlier ones still send is ig
 let waiting = []; // cells that are not shown yet
 let began = null; // time and number of characters at the beginning of a job; null: none runs
 let inspecting = null; // the cell that the worker looks into
-let inspected = {}; // the last such {cell, attention}
+let inspected = {}; // what is shown of the last such: {cell, layers, attention}, or {}
 
 // --- the worker ----------------------------------------------------------------------------------
 
@@ -46,15 +46,14 @@ const receive = {
     append();
     const seconds = (performance.now() - began.time) / 1000, count = characters(cells);
     const speed = Math.round((count - began.count) / seconds);
-    status(`${count} characters, ${speed} a second. ${average()}`);
+    const counted = count === 1 ? "1 character" : `${grouped(count)} characters`;
+    status(`${counted}, ${grouped(speed)} a second. ${average()}`);
     began = null;
     if (current < 0) choose(costliest());
   },
   inspected({ layers, attention }) {
-    inspected = { cell: inspecting, attention };
+    showInside({ cell: inspecting, layers, attention });
     inspecting = null;
-    showLayers(layers);
-    if ($("colors").value === "attention") paint();
     if (cells[current] !== inspected.cell) inspect();
   },
   failed({ message }) {
@@ -127,20 +126,30 @@ function element(tag, content = "", className = "") {
   return made;
 }
 
-// The text with an arrow before line ends and escapes for what cannot be seen.
-function visible(text) {
+const MARKS = { "\n": "↵", "\t": "⇥" };
+
+// The text with marks for line ends and tabs, with or without these themselves, and with escapes
+// for what else cannot be seen.
+function visible(text, laidOut = false) {
+  const mark = c => (laidOut ? MARKS[c] + c : MARKS[c]);
   const escape = c => `\\u{${c.codePointAt(0).toString(16)}}`;
-  return text.replace(/\n/g, "↵\n").replace(/(?![\n ])[\p{C}\p{Z}]/gu, escape);
+  return text.replace(/(?! )[\p{C}\p{Z}]/gu, c => (c in MARKS ? mark(c) : escape(c)));
 }
 
 function label(text) {
-  return { " ": "space", "\n": "line end" }[text] ?? visible(text).replace("↵\n", "↵");
+  return { " ": "space", "\n": "line end", "\t": "tab" }[text] ?? visible(text);
 }
 
-// The name of a token. In the tokenizers byte and bpe it can be a part of a character.
+// The bytes of a token, as escapes where they are no ASCII.
+function tokenBytes(id) {
+  const escape = byte => `\\x${byte.charCodeAt(0).toString(16)}`;
+  return description.tokenizer.tokens[id].replace(/[\x80-\xff]/g, escape);
+}
+
+// The name of a token. In the tokenizers byte and bpe it can have a part of a character.
 function tokenLabel(id, text) {
   const partial = text.includes("\ufffd") && ["byte", "bpe"].includes(description.tokenizer.kind);
-  return partial ? `token ${id}` : label(text);
+  return partial ? tokenBytes(id) : label(text);
 }
 
 function percent(p) {
@@ -151,20 +160,29 @@ function bits(nats) {
   return `${(nats / Math.LN2).toFixed(2)} bits`;
 }
 
+function bothUnits(nats, digits = 3) {
+  return `${nats.toFixed(digits)} nats (${bits(nats)})`;
+}
+
+function grouped(number) {
+  return number.toLocaleString("en");
+}
+
 function level({ text, nats }) {
   return Math.min(LEVELS - 1, Math.floor(nats / [...text].length / Math.LN2));
 }
 
 function average() {
   const predicted = cells.filter(({ nats }) => nats !== null);
-  if (!predicted.length) return "";
+  if (!predicted.length) return "Nothing precedes it, so it has no cost.";
   const nats = predicted.reduce((sum, cell) => sum + cell.nats, 0) / characters(predicted);
-  return `Cost: ${nats.toFixed(3)} nats (${bits(nats)}) per character.`;
+  const known = run.floor === null ? "" : ` Entropy of the corpus: ${bothUnits(run.floor)}.`;
+  return `Cost: ${bothUnits(nats)} per character.${known}`;
 }
 
 function costliest() {
   const most = largest(cells.map(({ nats }) => nats));
-  return cells.findIndex(({ nats }) => nats === most);
+  return Math.max(0, cells.findIndex(({ nats }) => nats === most));
 }
 
 function append() {
@@ -172,7 +190,7 @@ function append() {
   for (const cell of waiting) {
     const last = cells.at(-1);
     cells.push({ ...cell, at: last ? last.at + last.ids.length : 0 });
-    shown.append(element("span", visible(cell.text), `c${byCost ? level(cell) : 0}`));
+    shown.append(element("span", visible(cell.text, true), `c${byCost ? level(cell) : 0}`));
   }
   waiting = [];
   box.append(shown);
@@ -194,10 +212,13 @@ function choose(i) {
   current = i;
   next = -1;
   spans[i].classList.add("on");
-  const { text, nats, likeliest } = cells[i];
+  const { text, ids, nats, costs, likeliest } = cells[i];
   const heading = element("p"), list = element("ol");
+  const parts = ids.map((id, part) => `${tokenBytes(id)} ${bits(costs[part])}`);
+  const tokens = ids.length > 1 ? ` in ${ids.length} tokens: ${parts.join(", ")}` : "";
+  const known = run.floor === null ? "" : `; entropy ${bits(run.floor)} per character`;
   const cost = nats === null ? "not predicted" :
-    `${percent(Math.exp(-nats))}, ${nats.toFixed(3)} nats, ${bits(nats)}`;
+    `${percent(Math.exp(-nats))}, ${bothUnits(nats)}${tokens}${known}`;
   heading.append(element("b", `${label(text)} `), cost);
   list.ariaLabel = "Likeliest here";
   likeliest.forEach(([id, token, p], number) => {
@@ -227,14 +248,20 @@ function branch(number) {
 
 function inspect() {
   const cell = cells[current];
-  if (inspecting || !cell || cell.nats === null || !config.n_layer) return;
+  if (inspecting || !config.n_layer) return;
+  if (!cell || cell.nats === null) {
+    showInside({});
+    return;
+  }
   inspecting = cell;
   const window = cells.flatMap(({ ids }) => ids).slice(cell.start, cell.at);
   worker.postMessage({ type: "inspect", ids: window, target: cell.ids[0] });
 }
 
-function showLayers(layers) {
-  $("layers").replaceChildren(...layers.map(({ nats, likeliest }, layer) => {
+function showInside(found) {
+  inspected = found;
+  if ($("colors").value === "attention") paint();
+  $("layers").replaceChildren(...(found.layers ?? []).map(({ nats, likeliest }, layer) => {
     const row = element("tr"), guesses = element("td");
     for (const [id, token, p] of likeliest.slice(0, 3)) {
       guesses.append(element("b", tokenLabel(id, token)), ` ${percent(p)} `);
@@ -269,36 +296,57 @@ function attentionLevels() {
 
 // --- the run -------------------------------------------------------------------------------------
 
-// Validation losses by step as a line, in SVG.
-function curve(losses) {
-  const left = 45, right = 630, top = 15, bottom = 180;
+// Validation losses by step as a line, in SVG; `floor`, if not null, is a dashed one.
+function curve(losses, floor) {
+  const left = 65, right = 630, top = 15, bottom = 180;
   const steps = losses.map(([step]) => step), values = losses.map(([, loss]) => loss);
   const [first, last] = [steps[0], steps.at(-1)];
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const low = Math.min(...values, floor ?? Infinity), high = Math.max(...values);
   const x = step => left + (step - first) / (last - first) * (right - left);
-  const y = loss => bottom - (loss - low) / (high - low || 1) * (bottom - top);
+  const y = loss => bottom - 10 - (loss - low) / (high - low || 1) * (bottom - 10 - top);
   const points = losses.map(([step, loss]) => `${x(step).toFixed(1)} ${y(loss).toFixed(1)}`);
-  return `<svg viewBox="0 0 640 210" role="img" aria-label="Validation loss: ${values[0]} nats at step
-    ${first}, ${values.at(-1)} nats at step ${last}">
-    <path class="axis" d="M${left} ${top}V${bottom}H${right}"/><path d="M${points.join("L")}"/>
+  const entropy = floor === null ? "" :
+    `<path class="floor" d="M${left} ${y(floor)}H${right}"/>
+    <text x="${left + 6}" y="${y(floor) - 5}">entropy of the corpus</text>`;
+  return `<svg viewBox="0 0 640 210" role="img" aria-label="Validation loss:
+    ${values[0].toFixed(3)} nats at step ${first}, ${values.at(-1).toFixed(3)} at step ${last}">
+    <path class="axis" d="M${left} ${top}V${bottom}H${right}"/>${entropy}
+    <path d="M${points.join("L")}"/>
     <text x="0" y="${top + 5}">${high.toFixed(3)}</text>
-    <text x="0" y="${bottom}">${low.toFixed(3)}</text>
+    <text x="0" y="${y(low) + 4}">${low.toFixed(3)}</text>
     <text x="${left}" y="200">step ${first}</text>
-    <text x="${right}" y="200" text-anchor="end">${last.toLocaleString("en")}</text></svg>`;
+    <text x="${right}" y="200" text-anchor="end">${grouped(last)}</text></svg>`;
 }
 
 function showRun() {
-  const { losses, steps } = run, figures = [`${steps.toLocaleString("en")} steps.`];
-  if (losses.length > 1) $("losses").innerHTML = curve(losses);
+  const { losses, samples, floor, steps } = run, figures = [`${grouped(steps)} steps.`];
+  if (losses.length > 1) $("losses").innerHTML = curve(losses, floor);
   if (losses.length) {
     const [step, nats] = losses.at(-1);
-    figures.push(`Validation loss: ${nats.toFixed(4)} nats (${bits(nats)}) per character at step`,
-      `${step.toLocaleString("en")}.`);
+    figures.push(`Validation loss: ${bothUnits(nats, 4)} per character at step ${grouped(step)}.`);
+  }
+  if (floor !== null) {
+    figures.push(`The entropy of the corpus, the lowest possible loss: ${bothUnits(floor, 4)}.`);
   }
   figures.push(`The weights in this file are ${description.precision}.`);
   $("figures").textContent = figures.join(" ");
+  $("samples").hidden = !samples.length;
+  $("step").max = $("step").value = samples.length - 1;
+  $("step").hidden = samples.length < 2;
+  if (samples.length) showSample();
   if (run.command) $("command").append("The command of the run:", element("pre", run.command));
   $("settings").textContent = JSON.stringify({ model: config, ...run.settings }, null, 2);
+}
+
+// The sample that the slider points at, and the newest validation loss at its step.
+function showSample() {
+  const [step, text] = run.samples[$("step").value];
+  const [at, nats] = run.losses.filter(([at]) => at <= step).at(-1) ?? [];
+  let shown = `Step ${grouped(step)}`;
+  if (at !== undefined) shown += `, validation loss ${bothUnits(nats, 4)}`;
+  if (at < step) shown += ` at step ${grouped(at)}`;
+  $("shown").textContent = $("step").ariaValueText = shown;
+  $("sample").textContent = text.trim();
 }
 
 // --- controls ------------------------------------------------------------------------------------
@@ -321,6 +369,7 @@ $("prompt").onkeydown = event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
 };
 for (const id of ["colors", "layer", "head"]) $(id).onchange = paint;
+$("step").oninput = showSample;
 
 // The cell of the next row that is nearest to the left edge of the current one.
 function nextRow(step) {
@@ -347,6 +396,11 @@ box.onmousemove = ({ target, screenX, screenY }) => {
   const moved = pointer !== `${screenX} ${screenY}`;
   pointer = `${screenX} ${screenY}`;
   if (moved && !kept) choose([].indexOf.call(spans, target));
+};
+box.oncopy = event => { // without the marks
+  const text = getSelection().toString().replace(/↵\n?/g, "\n").replace(/⇥\t?/g, "\t");
+  event.clipboardData.setData("text/plain", text);
+  event.preventDefault();
 };
 box.onfocus = () => {
   if (current < 0 && next < 0) choose(0);
