@@ -311,6 +311,8 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
         path = Path(which).expanduser()
         if path.is_file():
             return path
+        if not path.exists():
+            raise UserError(f"ckpt_path={which}: no such file or folder")
     names = ("last.ckpt", "best.ckpt") if which == "last" else ("best.ckpt", "last.ckpt")
     for name in names:
         for file in (path / "checkpoints" / name, path / name):

@@ -85,9 +85,13 @@ def climb(argv: list[str]) -> int:
                 f"{flag} is not a flag of climb: --seeds gives the seeds, and the same command "
                 "resumes an interrupted climb"
             )
-    seeds, names = args.seeds.split(","), args.rungs and args.rungs.split(",")
+    seeds, names = args.seeds.split(","), args.rungs.split(",") if args.rungs is not None else None
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UserError(f"--seeds={args.seeds} must be whole numbers such as 1337,1338")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={args.seeds} names a seed twice")
+    if args.out.is_file():
+        raise UserError(f"--out={args.out} is a file; give a folder")
     rows: list[Row] = []
     for rung in find_rungs(args.configs, names):
         if not names and rung.stem.endswith("_gpu") and not torch.cuda.is_available():
@@ -114,17 +118,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gpt_lightning climb",
         usage="%(prog)s [--out DIR] [--seeds N,N,...] [--rungs NAME,...] [any flag of fit]",
-        description="Train every config of a folder with several seeds, and write a table and a "
-        "picture. The same command resumes it. Flags of fit are passed to every run, for example "
-        "--data.corpus=tinyshakespeare.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train every config of a folder with several seeds, and write a table, a "
+        "picture and a page for each config. The same command resumes it. Flags of fit are passed "
+        "to every run, for example --data.corpus=tinyshakespeare.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("ladder"), metavar="DIR", help="folder of the results")
-    add("--configs", default="lecture", metavar="DIR", help="folder of the rungs, or a shipped one")
-    add("--seeds", default="1337,1338,1339", metavar="N,N", help="seeds of each rung")
-    help_rungs = "only these rungs; without it all, those that end in _gpu only with a GPU"
+    default = "(default: %(default)s)"
+    help_out = f"folder of the results {default}"
+    add("--out", type=Path, default=Path("ladder"), metavar="DIR", help=help_out)
+    help_configs = f"folder of the rungs, or a shipped one {default}"
+    add("--configs", default="lecture", metavar="DIR", help=help_configs)
+    help_seeds = f"seeds of each rung {default}"
+    add("--seeds", default="1337,1338,1339", metavar="N,N", help=help_seeds)
+    help_rungs = "only these rungs (default: all, those that end in _gpu only with a GPU)"
     add("--rungs", metavar="NAME,NAME", help=help_rungs)
     return parser
 
@@ -189,7 +196,7 @@ def add_results(row: Row, folder: Path) -> None:
 def sample_line(generator: TextGenerator) -> str:
     """The first line of 24 characters or more that a model generates, cut after 56."""
     lines = [line.strip() for line in generator.generate(max_new_tokens=400)[0].splitlines()]
-    return next((line[:56] for line in lines if len(line) >= 24), "")
+    return next((line[:56].strip() for line in lines if len(line) >= 24), "")
 
 
 @torch.no_grad()
@@ -218,10 +225,11 @@ def counted_bigram(data_settings: dict) -> Row:
 def write_pages(rows: list[Row], out: Path, seed: str) -> None:
     """Write a page that runs the model of each rung, with links to the pages beside it."""
     (out / PAGES).mkdir(exist_ok=True)
-    for before, row, after in zip([None, *rows], rows, [*rows[1:], None], strict=False):
+    for before, row, after in zip([None, *rows[:-1]], rows, [*rows[1:], None], strict=True):
         beside = {"previous": before, "next": after}
         links = {word: (f"{r.name}.html", r.title) for word, r in beside.items() if r}
-        row.page, path = f"{PAGES}/{row.name}.html", out / row.name / f"seed_{seed}" / LAST
+        row.page = f"{PAGES}/{row.name}.html"
+        path = out / row.name / f"seed_{seed}" / LAST
         rung = Rung(row.title, row.idea, links)
         export_html(path, read_checkpoint(path), out / row.page, rung=rung)
 
@@ -282,7 +290,7 @@ def draw(rows: list[Row], corpus: str, path: Path) -> None:
     axes.set_xlabel("loss on held-out text, nats per character (lower is better)")
     figure.suptitle("What each idea of the lecture gains", fontweight="bold")
     shown = "mean of the seeds (small dots); in brackets the change from the rung above"
-    axes.set_title(f"{corpus}: {shown}", fontsize=9)
+    axes.set_title(f"{corpus}: {shown}", fontsize=9, parse_math=False)
     axes.margins(x=0.16)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path)

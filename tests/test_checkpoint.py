@@ -314,9 +314,16 @@ def test_files_and_runs_folders_are_found(runs, tmp_path, monkeypatch):
     assert find_checkpoint(folder) == last
 
 
-@pytest.mark.parametrize("which", ["nothing.ckpt", "lightning_logs/version_3", ""])
-def test_a_checkpoint_that_is_not_there_is_refused(runs, which):
-    with pytest.raises(UserError, match=f"^ckpt_path={which}: no checkpoint in "):
+@pytest.mark.parametrize(
+    ("which", "reason"),
+    [
+        ("nothing.ckpt", "no such file or folder"),
+        ("lightning_logs/version_3", "no checkpoint in "),
+        ("", "no checkpoint in "),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_refused(runs, which, reason):
+    with pytest.raises(UserError, match=f"^ckpt_path={which}: {reason}"):
         find_checkpoint(which)
 
 

@@ -330,14 +330,14 @@ SMALL = ("--data.corpus=a.txt", "--data.block_size=8", "--data.batch_size=4",
          "--model.n_layer=1", "--model.n_embd=16", "--trainer.accelerator=cpu")  # fmt: skip
 
 
-def test_a_short_run_is_validated_four_times_and_sampled_twice(tmp_path, monkeypatch, capsys):
+def test_a_short_run_is_validated_and_sampled_four_times(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("to be or not to be\n" * 42)
     assert run("fit", *SMALL) == 0
     out = capsys.readouterr().out
     assert "batch 4 x 8, 64 steps" in out
-    assert re.findall(r"^step (\d+)  train", out, re.M) == ["16", "32", "48", "64"]
-    assert re.findall(r"-- step (\d+) --", out) == ["32", "64"]
+    for line in (r"^step (\d+)  train", r"-- step (\d+) --"):
+        assert re.findall(line, out, re.MULTILINE) == ["16", "32", "48", "64"]
     assert run("fit", "--ckpt_path=last", "--trainer.max_steps=66") == 0
 
 

@@ -90,7 +90,7 @@ def test_a_text_that_cannot_be_trained_on(here, refused, data, parts):
         ("--trainer.limit_train_batches=0", ["must be above 0"]),
         ("--seed_everything=99999999999999999999", ["must be below 2**32"]),
         ("--data.val_fraction=1", ["leaves no text to train on"]),
-        ("--init_from=nosuch", ["--init_from=nosuch: no checkpoint"]),
+        ("--init_from=nosuch", ["--init_from=nosuch: no such file"]),
         ("--trainer.strategy=fsdp", ["splits the parameters", "use --trainer.strategy=ddp"]),
         ("--trainer.strategy=ModelParallelStrategy", ["splits the parameters"]),
         ("--trainer.num_nodes=2", ["num_nodes=2 would wait for the other nodes", "torchrun"]),

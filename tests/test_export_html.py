@@ -329,6 +329,36 @@ def test_the_page_of_a_safetensors_file_is_that_of_its_checkpoint(tmp_path):
     assert run["samples"] == [[4, "Tx <b>"], [7, "To b"], [10, "To be"]]
 
 
+@pytest.mark.parametrize(
+    "history",
+    [
+        None,
+        "text",
+        {"val_losses": None},
+        {"val_losses": [[1, 2, 3]]},
+        {"val_losses": [[float("inf"), 1.0]]},
+        {"samples": {"a": "b"}},
+        {"floor": "<b>"},
+    ],
+    ids=str,
+)
+def test_a_damaged_history_is_a_users_error(history, tmp_path):
+    checkpoint = {**checkpoint_of(model_of(CONFIGS["bigram"])), "history": history}
+    with pytest.raises(UserError, match="ckpt_path=best.ckpt: the history of its run is damaged"):
+        export_html(Path("best.ckpt"), checkpoint, tmp_path / "page.html")
+
+
+def test_numbers_that_are_not_finite_and_folders_of_the_corpus_are_not_on_the_page(tmp_path):
+    history = {"val_losses": [[1, float("nan")], [2, 1.5]], "floor": float("nan")}
+    file = str(tmp_path / "book.txt")
+    checkpoint = {**checkpoint_of(model_of(CONFIGS["bigram"]), name=file), "history": history}
+    export_html(Path("best.ckpt"), checkpoint, tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.texts["b"][0] == "book.txt"
+    run = json.loads(page.script("description"))["run"]
+    assert (run["losses"], run["floor"]) == ([[2, 1.5]], None)
+
+
 def test_the_command_on_the_page_repeats_the_run(trained, tmp_path, monkeypatch):
     checkpoint = trained / "lightning_logs/version_0/checkpoints/last.ckpt"
     first = read_checkpoint(checkpoint)
@@ -530,3 +560,42 @@ def test_a_character_of_several_tokens_shows_the_cost_of_each(open_page):
     )
     assert re.findall(r"\\x\w\w", details) == [r"\xf0", r"\x9f", r"\xaa", r"\xb2"]
     assert len(parts) == 4 and sum(parts) == pytest.approx(total, abs=0.03)
+
+
+def test_a_character_that_nothing_precedes_has_no_cost_layers_or_attention(open_page):
+    page = open_page(model_of(CONFIGS["gpt"]))
+    page.select_option("#colors", "attention")
+    colored, spans = page.locator("#text span:not(.c0)"), page.locator("#text span")
+    spans.nth(5).click()
+    colored.first.wait_for()
+    assert page.locator("#layers tr").count() == SIZES["n_layer"] + 1
+    spans.nth(0).click()
+    assert page.locator("#details p").inner_text().endswith("not predicted")
+    assert colored.count() == page.locator("#layers tr").count() == 0
+    page.fill("#prompt", "T")
+    page.click("#score")
+    page.locator("#status", has_text="1 character, ").wait_for()
+    assert page.locator("#status").inner_text().endswith("Nothing precedes it, so it has no cost.")
+
+
+def test_a_copied_text_has_no_marks(open_page):
+    text = "To\tbe\n\nor \N{HEBREW LETTER ALEF}\n"
+    tokenizer = CharTokenizer("".join(sorted(set(text))))
+    config = BigramConfig(vocab_size=tokenizer.vocab_size, block_size=B)
+    page = open_page(build_model(config), tokenizer=tokenizer)
+    page.fill("#prompt", text)
+    page.click("#score")
+    page.locator("#status", has_text=f"{len(text)} characters").wait_for()
+    assert page.locator("#text").inner_text().startswith("To⇥\tbe↵\n↵\nor ")
+    page.locator("#text span").nth(2).click()
+    assert page.locator("#details b").first.inner_text().strip() == "tab"
+    copied = page.evaluate(
+        """() => {
+            getSelection().selectAllChildren(document.getElementById("text"));
+            const event = new ClipboardEvent(
+                "copy", { clipboardData: new DataTransfer(), bubbles: true });
+            document.querySelector("#text span").dispatchEvent(event);
+            return event.clipboardData.getData("text/plain");
+        }"""
+    )
+    assert copied == text

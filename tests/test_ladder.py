@@ -165,7 +165,10 @@ def test_seeds_can_be_added_and_other_flags_are_an_error(capsys):
     [
         (["--configs=nowhere"], "--configs=nowhere: no such folder"),
         (["--rungs=4_none"], "--rungs=4_none must be among 1_low, 2_high, 3_huge_gpu"),
+        (["--rungs="], "--rungs= must be among 1_low, 2_high, 3_huge_gpu"),
         (["--seeds=1,1"], "--seeds=1,1 names a seed twice"),
+        (["--seeds=1,b"], "--seeds=1,b must be whole numbers"),
+        (["--out=rungs/1_low.yaml"], "--out=rungs/1_low.yaml is a file"),
         (["--seed_everything=3"], "--seed_everything=3 is not a flag of climb: --seeds"),
         (["--ckpt_path=last"], "the same command resumes"),
         (["--model.n_lyer=3"], "did you mean --model.n_layer?"),

@@ -95,7 +95,7 @@ def export_html(
     size = f"{parameters / 1e6:.1f} million" if parameters >= 1e5 else f"{parameters:,}"
     title = f"{rung.title}: language model" if rung else "Language model"
     corpus = entry["corpus"]["name"]
-    if PurePath(corpus).is_absolute():  # its folders are nobody else's business
+    if PurePath(corpus).is_absolute():  # the page may be shared: without the user's folders
         corpus = PurePath(corpus).name
     page = Template(read("page.html")).substitute(
         title=escape(f"{title}, {size} parameters"),

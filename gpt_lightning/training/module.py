@@ -327,14 +327,14 @@ class GPTModule(LightningModule):
             self.log_to_loggers({name: float(value) for name, value in metrics.items()})
 
     def _estimate(self, data: TextDataModule, part: Literal["train", "val"]) -> torch.Tensor:
-        """The lecture's `estimate_loss`: mean loss of random batches, in nats per token."""
+        """The lecture's `estimate_loss`: mean loss of random batches, nats per character."""
         mean = MeanMetric().to(self.device)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         for batch in data.estimator_batches(part, self.hparams.eval_iters, rank, world):
             x, y = (part.to(self.device) for part in batch)
             with self.full_precision():
                 mean.update(cross_entropy(self.net(x), y))
-        return mean.compute()
+        return mean.compute() * data.tokens_per_character
 
     def log_to_loggers(self, metrics: dict[str, float]) -> None:
         """Log scalars to every logger, at the number of optimizer steps done."""

@@ -49,6 +49,7 @@ const receive = {
     const counted = count === 1 ? "1 character" : `${grouped(count)} characters`;
     status(`${counted}, ${grouped(speed)} a second. ${average()}`);
     began = null;
+    box.style.minHeight = "";
     if (current < 0) choose(costliest());
   },
   inspected({ layers, attention }) {
@@ -93,6 +94,7 @@ function proceed(count, token) {
 // A job that continues the first `count` cells.
 function begin(count, text) {
   waiting = [];
+  box.style.minHeight = `${box.offsetHeight}px`; // what is below does not jump
   if (count < cells.length) truncate(count);
   began = { time: performance.now(), count: characters(cells) };
   status(text);
@@ -241,7 +243,7 @@ function branch(number) {
   const place = current;
   proceed(place, token[0]);
   next = place;
-  box.focus();
+  box.focus({ preventScroll: true });
 }
 
 // --- looking inside ------------------------------------------------------------------------------
@@ -258,6 +260,7 @@ function inspect() {
   worker.postMessage({ type: "inspect", ids: window, target: cell.ids[0] });
 }
 
+// Show what the worker has found in a cell; {} shows nothing.
 function showInside(found) {
   inspected = found;
   if ($("colors").value === "attention") paint();
