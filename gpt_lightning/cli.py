@@ -24,7 +24,7 @@ COMMANDS = {
     "export": "write a model in another format: safetensors, transformers, ONNX, one HTML page",
     "import": "read a model of nanoGPT, minGPT or transformers",
     "inspect": "what a text is made of: characters, repeated passages, n-gram entropies",
-    "climb": "train every rung of the lecture's ladder, several seeds each: a table, a picture, pages",
+    "climb": "train every rung of the lecture's ladder, several seeds each: table, picture, pages",
 }
 
 OWN_MODULE = {"evaluate", "export", "generate", "import", "inspect"}  # commands/NAME.py
