@@ -84,7 +84,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "load it with GPTModule.load_from_checkpoint"
         )
     if not ours:
-        raise UserError(f"ckpt_path={path}: not a checkpoint of this version of gpt_lightning")
+        raise UserError(
+            f"ckpt_path={path}: not a checkpoint of this version of gpt_lightning; for those of "
+            f"nanoGPT and minGPT, see {COMMAND} import --help"
+        )
     return checkpoint
 
 

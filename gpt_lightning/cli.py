@@ -103,7 +103,8 @@ class Unbroken:
     """
 
     def __init__(self, stream: TextIO):
-        self.stream, self.error = stream, None
+        self.stream = stream
+        self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -149,7 +150,7 @@ def run(argv: list[str]) -> int | None:
         except SystemExit as end:  # after --help
             code = end.code
         sys.stdout.flush()
-    if isinstance(stdout.error, OSError) and not isinstance(stdout.error, BrokenPipeError):
+    if stdout.error and not isinstance(stdout.error, BrokenPipeError):
         raise stdout.error
     return code
 

@@ -111,7 +111,6 @@ def silence_lightning() -> None:
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for message in (
         ".*GPU available but not used.*",
-        ".*LeafSpec.*is deprecated.*",
         ".*but have no logger configured.*",
         ".*smaller than the logging interval.*",
         ".*sync_dist=True.*",  # what is logged is already reduced over processes
@@ -166,28 +165,7 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     run.slurm_note, run.module.initial_weights = note, weights
     if start is not None:
         run.module.run_settings["start"] = str(start)
-    try:
-        {"fit": fit, "validate": validate, "test": validate, "predict": predict}[command](run)
-    except Interrupted as stop:
-        return 128 + stop.signum
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or in_users_code(error):
-            raise
-        raise UserError(f"the disk is full: {error.filename or run.folder}") from error
-    except RuntimeError as error:
-        # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
-        if not re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
-            raise
-        sizes = run.data.hparams
-        raise UserError(
-            f"out of memory: a smaller value than batch_size={sizes.batch_size} or "
-            f"block_size={sizes.block_size} needs less"
-        ) from error
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # otherwise gloo's threads abort at the exit
-    return 0
+    return execute(run)
 
 
 @dataclass
@@ -381,12 +359,38 @@ def new_run_folder(parent: Path) -> Path:
 # commands
 
 
+def execute(run: Run) -> int:
+    """Run the command; returns the exit code. What the user can mend becomes a `UserError`."""
+    try:
+        {"fit": fit, "validate": validate, "test": validate, "predict": predict}[run.command](run)
+    except Interrupted as stop:
+        return 128 + stop.signum
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or in_users_code(error):
+            raise
+        raise UserError(f"the disk is full: {error.filename or run.folder}") from error
+    except RuntimeError as error:
+        # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
+        if not re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
+            raise
+        sizes = run.data.hparams
+        raise UserError(
+            f"out of memory: a smaller value than batch_size={sizes.batch_size} or "
+            f"block_size={sizes.block_size} needs less"
+        ) from error
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # otherwise gloo's threads abort at the exit
+    return 0
+
+
 def fit(run: Run) -> None:
     trainer, module, data = run.trainer, run.module, run.data
     keeper = find_keeper(trainer)
     check_prompt(run)
     if keeper is not None and trainer.is_global_zero:
-        keeper.claim(keeper.folder)  # before the Trainer opens the loggers, which write there
+        keeper.claim()  # before the Trainer opens the loggers, which write there
     note = run.folder / SLURM_NOTE if run.folder and run.slurm_note else None
     if run.folder is not None and trainer.is_global_zero:
         module.run_settings["logger_runs"] = open_loggers(trainer.loggers, run.first_step)

@@ -62,7 +62,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
             raise ValueError(f"its header has more than {MAX_HEADER:,} bytes")
         file.seek(0)
         data = file.read()
-    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    if DIGEST not in metadata:
+        raise ValueError("another program wrote it")
     if _digest(_with_digest(data, metadata[DIGEST], "0" * 64)) != metadata[DIGEST]:
         raise ValueError("its SHA-256 is not the one in its metadata")
     weights = load(data)

@@ -12,7 +12,9 @@ import torch
 
 from gpt_lightning.checkpoint import KEY, describe
 from gpt_lightning.cli import main
+from gpt_lightning.data.corpus import find_corpus
 from gpt_lightning.data.tokenizers import CharTokenizer
+from gpt_lightning.errors import UserError
 from gpt_lightning.model import build_model, config_from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +85,42 @@ class Page(HTMLParser):
         return self.texts["script"][scripts.index(name)]
 
 
+def run(*argv):
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in argv])
+    return end.value.code
+
+
+def write(path, data):
+    """Write bytes, or text as UTF-8, to a file in a folder that may not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def text_of(name, **options):
+    """The text of a corpus."""
+    return "".join(find_corpus(str(name), **options).chunks())
+
+
+def error_of(name, *parts, **options):
+    """The message of the error that reading a corpus raises; all `parts` are in it."""
+    with pytest.raises(UserError) as caught:
+        text_of(name, **options)
+    message = str(caught.value)
+    assert message.startswith(("corpus=", "encoding=")) and "\n" not in message
+    for part in parts:
+        assert str(part) in message
+    return message
+
+
+def contents(folder):
+    """All files with their bytes, except locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):
     """A cache of its own, so that tests leave the user's alone; all tests share it."""
@@ -116,10 +154,9 @@ def trained_once(tmp_path_factory):
     """The folder that `trained` copies; tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(["fit", *TINY])
-    assert end.value.code == 0
+        assert run("fit", *TINY) == 0
     return folder
 
 
@@ -127,3 +164,28 @@ def trained_once(tmp_path_factory):
 def trained(trained_once, tmp_path):
     """A folder with `text.txt` and a run of `fit` with TINY on it in `lightning_logs`."""
     return Path(shutil.copytree(trained_once, tmp_path / "trained"))
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty folder as the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    """`trained` as the working folder."""
+    monkeypatch.chdir(trained)
+    return trained
+
+
+@pytest.fixture
+def ends(capsys):
+    """`ends(*argv)`: the exit code of the command line, and what it prints to stdout and stderr."""
+
+    def run_alone(*argv):
+        capsys.readouterr()
+        return run(*argv), *capsys.readouterr()
+
+    return run_alone

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 
 from gpt_lightning import TextGenerator
 from gpt_lightning.checkpoint import read_checkpoint, run_history
-from gpt_lightning.cli import main
 from gpt_lightning.training.callbacks import KEPT_CHARACTERS, KEPT_SAMPLES, GenerateText
 
 EACH_STEP = ("--sample.every_n_steps=1", "--sample.max_new_tokens=10", "--sample.temperature=0")
@@ -14,9 +13,7 @@ LAST, BEST = (f"lightning_logs/version_0/checkpoints/{name}.ckpt" for name in ("
 
 
 def fit(*flags):
-    with pytest.raises(SystemExit) as end:
-        main(["fit", *flags])
-    assert end.value.code == 0
+    assert run("fit", *flags) == 0
 
 
 @pytest.mark.parametrize("count", [1, KEPT_SAMPLES, KEPT_SAMPLES + 1, 57, 400])
@@ -39,8 +36,7 @@ def test_a_long_sample_is_cut():
     assert callback.samples[1] == "ab" * (KEPT_CHARACTERS // 2)
 
 
-def test_samples_survive_a_resume_and_are_those_of_the_weights(trained, monkeypatch):
-    monkeypatch.chdir(trained)
+def test_samples_survive_a_resume_and_are_those_of_the_weights(here):
     once, twice = "--trainer.default_root_dir=once", "--trainer.default_root_dir=twice"
     constant = "--model.lr_decay_steps=0"  # the rate must not depend on max_steps
     fit(*TINY, *EACH_STEP, constant, once)
@@ -54,8 +50,7 @@ def test_samples_survive_a_resume_and_are_those_of_the_weights(trained, monkeypa
     assert history["samples"][-1] == (4, generator.generate(**settings)[0])
 
 
-def test_the_best_checkpoint_has_the_samples_up_to_its_step(trained, monkeypatch):
-    monkeypatch.chdir(trained)
+def test_the_best_checkpoint_has_the_samples_up_to_its_step(here):
     # the loss rises after the first step
     rate = ("--model.optimizer=adamw", "--model.learning_rate=10")
     fit(*TINY, *EACH_STEP, *rate, "--trainer.val_check_interval=1", "--trainer.default_root_dir=x")
@@ -64,8 +59,7 @@ def test_the_best_checkpoint_has_the_samples_up_to_its_step(trained, monkeypatch
     assert best["global_step"] < 4 and steps == [*range(1, best["global_step"] + 1)]
 
 
-def test_a_checkpoint_without_samples_and_floor_resumes(trained, monkeypatch):
-    monkeypatch.chdir(trained)
+def test_a_checkpoint_without_samples_and_floor_resumes(here):
     checkpoint = torch.load(LAST, weights_only=True)
     del checkpoint["callbacks"]["GenerateText"], checkpoint["callbacks"]["TrainingMetrics"]["floor"]
     torch.save(checkpoint, LAST)
@@ -75,8 +69,7 @@ def test_a_checkpoint_without_samples_and_floor_resumes(trained, monkeypatch):
     assert history["val_losses"][0][0] < 4
 
 
-def test_the_known_entropy_is_kept_beside_the_losses(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_known_entropy_is_kept_beside_the_losses(empty, capsys):
     fit(*TINY[1:], "--data.corpus=playwright:1:20000")
     floor = run_history(read_checkpoint(LAST))["floor"]
     assert f"floor {floor:.4f}" in capsys.readouterr().out

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 
 from gpt_lightning import TextGenerator
-from gpt_lightning.cli import main
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -30,12 +29,6 @@ QUICK = [
 ]
 
 
-def run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in argv])
-    return ended.value.code
-
-
 def test_generate_needs_only_the_checkpoint_file(trained, tmp_path, cli):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -49,17 +42,19 @@ def test_generate_needs_only_the_checkpoint_file(trained, tmp_path, cli):
     assert [p.name for p in empty.iterdir()] == ["mine.ckpt"]
 
 
-def test_generate_does_not_import_lightning(trained):
+@pytest.mark.parametrize(
+    "argv", [["generate", "--max_new_tokens=3"], ["evaluate", "--html=a.html"]]
+)
+def test_generate_and_evaluate_do_not_import_lightning(argv, trained):
     code = (
-        "import sys; from gpt_lightning.cli import run; run(['generate', '--max_new_tokens=3']);"
+        f"import sys; from gpt_lightning.cli import run; run({argv});"
         "names = {name.split('.')[0] for name in sys.modules};"
         "sys.exit(len(names & {'lightning', 'torchmetrics', 'jsonargparse', 'tensorboard'}))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=trained).returncode == 0
 
 
-def test_generate_takes_newest_run_streams_stops_and_samples(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_generate_takes_newest_run_streams_stops_and_samples(here, capsys):
     whole = ["generate", "--max_new_tokens=60", "--prompt=To be", "--temperature=1"]
     assert run(*whole) == 0
     text = capsys.readouterr().out
@@ -86,8 +81,7 @@ def test_generate_reads_its_prompt_from_a_file_or_stdin(trained, cli, tmp_path):
     assert piped.stdout.startswith("whether") and len(piped.stdout) == len("whether") + 6
 
 
-def test_generate_continues_each_prompt_of_a_file(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_generate_continues_each_prompt_of_a_file(here, capsys):
     Path("prompts.txt").write_text("To be\n\nmind")
     flags = ["generate", "--max_new_tokens=30", "--prompts_file=prompts.txt"]
     texts = []
@@ -104,8 +98,7 @@ def test_generate_continues_each_prompt_of_a_file(trained, monkeypatch, capsys):
     ]  # fmt: skip
 
 
-def test_generate_bans_strings_and_penalizes_repetition(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_generate_bans_strings_and_penalizes_repetition(here, capsys):
     whole = ["generate", "--max_new_tokens=100", "--prompt=To be", "--temperature=1"]
     assert run(*whole, "--ban=e", "--ban=t") == 0
     assert not set(capsys.readouterr().out[len("To be") :]) & set("et")
@@ -121,9 +114,7 @@ def session(monkeypatch, capsys, typed, *flags):
     return capsys.readouterr()
 
 
-def test_interactive_texts_have_the_earlier_ones_as_context(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-
+def test_interactive_texts_have_the_earlier_ones_as_context(here, monkeypatch, capsys):
     def alone(prompt, seed):
         assert run("generate", "--max_new_tokens=20", f"--prompt={prompt}", f"--seed={seed}") == 0
         return capsys.readouterr().out.removesuffix("\n")
@@ -136,8 +127,7 @@ def test_interactive_texts_have_the_earlier_ones_as_context(trained, monkeypatch
     assert found.out == "".join(f"{text}\n" for text in (first, second, third, fourth))
 
 
-def test_interactive_goes_on_after_an_unknown_character(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_interactive_goes_on_after_an_unknown_character(here, monkeypatch, capsys):
     expected = session(monkeypatch, capsys, "To be")
     found = session(monkeypatch, capsys, "é\nTo be\n")
     assert found.out == expected.out
@@ -146,8 +136,7 @@ def test_interactive_goes_on_after_an_unknown_character(trained, monkeypatch, ca
     assert run("generate", "--interactive", "--stop=é") == 2
 
 
-def test_ctrl_c_ends_an_interactive_text_not_the_program(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_ctrl_c_ends_an_interactive_text_not_the_program(here, monkeypatch, capsys):
     calls = []
 
     def stream(self, prompt, **settings):
@@ -170,10 +159,9 @@ def test_ctrl_c_ends_an_interactive_text_not_the_program(trained, monkeypatch, c
     ],
     ids=["chinese", "emoji and marks", "windows line ends"],
 )
-def test_any_language_trains_and_generates(text, prompt, tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_bytes(text.encode())
-    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+def test_any_language_trains_and_generates(text, prompt, tokenizer, empty, capsys):
+    (empty / "text.txt").write_bytes(text.encode())
+    (empty / "prompt.txt").write_bytes(prompt.encode())
     flags = [f"--data.tokenizer={tokenizer}", *QUICK, "--data.val_fraction=0.2"]
     assert run("fit", "--data.corpus=text.txt", *flags) == 0
     capsys.readouterr()
@@ -189,8 +177,7 @@ class Terminal(io.TextIOWrapper):
         return True
 
 
-def test_characters_that_stdout_s_encoding_lacks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_characters_that_stdout_s_encoding_lacks(empty, monkeypatch):
     Path("text.txt").write_text("春眠不觉晓,处处闻啼鸟。" * 40, encoding="utf-8")
 
     def output(stream, *argv):
@@ -214,8 +201,7 @@ class Gone(io.StringIO):
         raise BrokenPipeError
 
 
-def test_a_run_goes_on_when_its_reader_ends(trained, monkeypatch):
-    monkeypatch.chdir(trained)
+def test_a_run_goes_on_when_its_reader_ends(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Gone())
         patch.setattr(sys, "stderr", Gone())
@@ -227,8 +213,7 @@ def test_a_run_goes_on_when_its_reader_ends(trained, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
-def test_file_names_need_not_be_utf_8(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_file_names_need_not_be_utf_8(empty, capsys):
     name = os.fsdecode(b"caf\xe9")
     Path(name).write_text("\ufeffto be or not to be\n" * 40, encoding="utf-8")
     fit = ("fit", f"--data.corpus={name}", *QUICK, "--trainer.logger=true")
@@ -241,8 +226,7 @@ def test_file_names_need_not_be_utf_8(tmp_path, monkeypatch, capsys):
     assert "--trainer.default_root_dir=caf" in capsys.readouterr().err
 
 
-def test_rare_characters_can_be_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_rare_characters_can_be_left_out(empty, capsys):
     Path("text.txt").write_text("to be or not to be\n" * 40 + "xyyzzz")
     Path("other.txt").write_text("to be\n" * 40)
     fit = ("fit", "--data.corpus=text.txt", "--data.min_count=3", *QUICK)
@@ -258,18 +242,16 @@ def test_rare_characters_can_be_left_out(tmp_path, monkeypatch, capsys):
     assert run("validate", "--data.corpus=other.txt") == 0
 
 
-def test_many_characters_that_occur_once_are_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_many_characters_that_occur_once_are_reported(empty, capsys):
     Path("text.txt").write_text("to be\n" * 99 + "".join(map(chr, range(0x4E00, 0x4E00 + 100))))
     assert run("fit", "--data.corpus=text.txt", *QUICK) == 0
     assert "100 characters occur only once: --data.min_count=2, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
-def test_all_commands_work_with_words_and_subwords(trained, kind, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    (trained / "other.txt").write_text("that is the mind: to be the question\n" * 20)
-    (trained / "new.txt").write_text("that is the mind: Ä\n" * 40, encoding="utf-8")
+def test_all_commands_work_with_words_and_subwords(here, kind, capsys):
+    (here / "other.txt").write_text("that is the mind: to be the question\n" * 20)
+    (here / "new.txt").write_text("that is the mind: Ä\n" * 40, encoding="utf-8")
     assert run("fit", *TINY, f"--data.tokenizer={kind}", "--sample.every_n_steps=2") == 0
     assert "tokens seen" in capsys.readouterr().out
     assert run("fit", "--ckpt_path=last", "--trainer.max_steps=6") == 0
@@ -287,9 +269,8 @@ def test_all_commands_work_with_words_and_subwords(trained, kind, monkeypatch, c
     assert capsys.readouterr().out.startswith("that is Ä")
 
 
-def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    before = sorted(p.name for p in (trained / "lightning_logs").iterdir())
+def test_validate_test_and_predict_agree_on_the_exact_loss(here, capsys):
+    before = sorted(p.name for p in (here / "lightning_logs").iterdir())
     assert run("validate", "--ckpt_path=last") == 0
     assert "loss/val" in capsys.readouterr().out
     assert run("test", "--ckpt_path=last") == 0
@@ -301,26 +282,24 @@ def test_validate_test_and_predict_agree_on_the_exact_loss(trained, monkeypatch,
     saved = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
     kept = next(v for k, v in saved["callbacks"].items() if "BestAndLast" in k)
     assert kept["best_step"] == 4 and nats == pytest.approx(kept["best_val_loss"], abs=1e-5)
-    assert sorted(p.name for p in (trained / "lightning_logs").iterdir()) == before
+    assert sorted(p.name for p in (here / "lightning_logs").iterdir()) == before
 
 
-def test_validate_accepts_another_text_in_the_same_vocabulary(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    (trained / "other.txt").write_text("that is the mind: to be the question\n" * 20)
+def test_validate_accepts_another_text_in_the_same_vocabulary(here, capsys):
+    (here / "other.txt").write_text("that is the mind: to be the question\n" * 20)
     assert run("validate", "--data.corpus=other.txt") == 0
-    (trained / "odd.txt").write_text("that is the WEIRD mind\n" * 40)
+    (here / "odd.txt").write_text("that is the WEIRD mind\n" * 40)
     assert run("validate", "--data.corpus=odd.txt") == 2
     assert "'W' (U+0057" in capsys.readouterr().err
     assert run("validate", "--data.corpus=odd.txt", "--data.unknown=drop") == 0
 
 
-def test_saved_config_reproduces_the_run(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(trained / "text.txt", tmp_path / "text.txt")
+def test_saved_config_reproduces_the_run(trained, empty):
+    shutil.copy(trained / "text.txt", empty / "text.txt")
     assert run("fit", "--config", trained / "lightning_logs/version_0/config.yaml") == 0
     one, two = (
         torch.load(f / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
-        for f in (trained, tmp_path)
+        for f in (trained, empty)
     )
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][name])
@@ -330,8 +309,7 @@ SMALL = ("--data.corpus=a.txt", "--data.block_size=8", "--data.batch_size=4",
          "--model.n_layer=1", "--model.n_embd=16", "--trainer.accelerator=cpu")  # fmt: skip
 
 
-def test_a_short_run_is_validated_and_sampled_four_times(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_short_run_is_validated_and_sampled_four_times(empty, capsys):
     Path("a.txt").write_text("to be or not to be\n" * 42)
     assert run("fit", *SMALL) == 0
     out = capsys.readouterr().out
@@ -341,8 +319,7 @@ def test_a_short_run_is_validated_and_sampled_four_times(tmp_path, monkeypatch, 
     assert run("fit", "--ckpt_path=last", "--trainer.max_steps=66") == 0
 
 
-def test_the_last_step_of_a_run_measured_in_epochs_is_validated(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_last_step_of_a_run_measured_in_epochs_is_validated(empty, capsys):
     Path("a.txt").write_text("to be or not to be\n" * 42)  # 22 steps in an epoch
     flags = ["--sample.every_n_steps=0", "--trainer.val_check_interval=30"]
     assert run("fit", *SMALL, *flags, "--trainer.max_epochs=2") == 0
@@ -353,7 +330,6 @@ def test_the_last_step_of_a_run_measured_in_epochs_is_validated(tmp_path, monkey
     assert re.findall(r"^final val loss  +(.*?) nats", out, re.M) == losses
 
 
-def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_fast_dev_run_leaves_nothing_behind(empty):
     assert run("fit", "--data.corpus=playwright:3:9000", *QUICK, "--trainer.fast_dev_run=2") == 0
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(empty.rglob("*.ckpt"))

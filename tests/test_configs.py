@@ -4,11 +4,13 @@ import inspect
 import re
 
 import pytest
+from conftest import run
 
 from gpt_lightning import GPTModule, OptimizerConfig, TextDataModule
-from gpt_lightning.cli import main
 from gpt_lightning.config_files import CONFIGS, load_config, read_mapping
 from gpt_lightning.model import CONFIGS as MODELS
+
+pytestmark = pytest.mark.usefixtures("empty")
 
 OVERLAYS = sorted(CONFIGS.glob("debug/*.yaml"))
 WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
@@ -23,17 +25,6 @@ QUICK = [
     "--sample.every_n_steps=2",
     "--sample.max_new_tokens=5",
 ]
-
-
-def fit(*flags: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["fit", *flags])
-    return ended.value.code
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
@@ -62,7 +53,7 @@ def parameters(function) -> dict:
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
 def test_config_trains_validates_and_generates(path, capsys, tmp_path):
-    assert fit("--config", str(path), "--data.batch_size=4", *QUICK) == 0
+    assert run("fit", "--config", str(path), "--data.batch_size=4", *QUICK) == 0
     out = capsys.readouterr().out
     assert "step 2  " in out and "final val loss" in out and "- step 2 -" in out
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
@@ -71,14 +62,14 @@ def test_config_trains_validates_and_generates(path, capsys, tmp_path):
 def test_overlays_compose_with_a_config(capsys):
     small = ["--model.n_layer=1", "--model.n_embd=32", "--trainer.accelerator=cpu"]
     flags = ["--config", "laptop", "--data.corpus=playwright:3:9000", *small]
-    assert fit(*flags, "--config", "debug/few_steps") == 0
+    assert run("fit", *flags, "--config", "debug/few_steps") == 0
     assert re.search(r"^steps +10$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_overfit_overlay_memorizes_its_batch(capsys):
     flags = ["--config=debug/overfit", "--data.corpus=playwright:3:9000", "--data.block_size=16"]
     small = ["--data.batch_size=4", "--model.n_embd=64", "--model.learning_rate=3e-3"]
-    assert fit(*flags, *small, "--sample.every_n_steps=0", "--trainer.accelerator=cpu") == 0
+    assert run("fit", *flags, *small, "--sample.every_n_steps=0", "--trainer.accelerator=cpu") == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("step 300"))
     assert float(line.split("train ")[1].split()[0]) < 0.3
     assert float(line.split("val ")[1].split()[0]) > 2

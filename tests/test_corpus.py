@@ -13,12 +13,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from conftest import error_of, text_of, write
 
 from gpt_lightning.data import corpus as corpus_module
 from gpt_lightning.data import playwright
 from gpt_lightning.data.corpus import find_corpus
 from gpt_lightning.data.documents import listed
-from gpt_lightning.errors import UserError
 
 SHAKESPEARE = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
@@ -29,27 +29,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(folder))
     monkeypatch.setenv("no_proxy", "*")
     return folder
-
-
-def text_of(name) -> str:
-    return "".join(find_corpus(str(name)).chunks())
-
-
-def error_of(name, *parts) -> str:
-    """The message of the error that reading this corpus raises; all `parts` are in it."""
-    with pytest.raises(UserError) as caught:
-        text_of(name)
-    message = str(caught.value)
-    assert message.startswith("corpus=")
-    for part in parts:
-        assert str(part) in message
-    return message
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
 
 
 # --- files and folders ----------------------------------------------------------------------------

@@ -139,16 +139,17 @@ def test_predicted_characters_and_tokens_are_counted(make, tokenizer, split, fra
         dict(split="blocks", tokenizer="byte"),
         dict(max_val_tokens=1000),
         dict(split="blocks", tokenizer="word"),
+        dict(corpus="playwright:3:60000", val_corpus="playwright:7:9000"),
     ],
 )
 def test_the_floor_is_the_mean_cost_of_the_validated_characters(make, settings):
-    data = make(corpus="playwright:7:30000", **settings)
+    data = make(**dict(corpus="playwright:7:30000") | settings)
     costs, lines = [], write_lines(7)
     decode = data.tokenizer.decode
-    while len(costs) < len(decode(data.tokens)):  # each character has an equal share of its line's
+    while len(costs) < len(decode(data.val_ids)):  # each character has an equal share of its line's
         line, nats = next(lines)
         costs += [nats / len(line)] * len(line)
-    spans = [[len(decode(data.tokens[:n])) for n in (a + 1, b)] for a, b in data.val_spans]
+    spans = [[len(decode(data.val_ids[:n])) for n in (a + 1, b)] for a, b in data.val_spans]
     predicted = [costs[i] for a, b in spans for i in range(a, b)]
     assert len(predicted) == data.val_characters
     assert data.val_floor == pytest.approx(sum(predicted) / len(predicted), rel=1e-9)
@@ -158,6 +159,7 @@ def test_a_text_of_unknown_entropy_has_no_floor(make):
     assert make().val_floor is None
     data = make(corpus="playwright:7:30000", unknown="drop", vocabulary="\nabc")
     assert data.val_floor is None  # characters are left out, so it is another text
+    assert make(test_corpus="playwright:7:9000", unknown="replace").val_floor is None
 
 
 # --- position and ranks ---------------------------------------------------------------------------
@@ -364,17 +366,6 @@ def test_a_validation_text_is_encoded_by_the_tokenizer_of_the_training_text(make
     alone = make(TEXT, tokenizer=tokenizer)
     assert data.tokenizer.state() == alone.tokenizer.state()
     assert data.tokenizer.decode(data.val_ids) == TEXT[300:500]
-
-
-def test_the_floor_of_an_embedded_validation_text_is_its_own(make):
-    data = make(corpus="playwright:3:60000", val_corpus="playwright:7:9000")
-    costs, lines = [], write_lines(7)
-    while len(costs) < len(data.val_ids):
-        line, nats = next(lines)
-        costs += [nats / len(line)] * len(line)
-    assert data.val_floor == pytest.approx(sum(costs[1:]) / len(costs[1:]), rel=1e-9)
-    assert make(corpus="playwright:3:60000", val_corpus=data.val_text.name).val_floor
-    assert make(TEXT, test_corpus="playwright:7:9000", unknown="replace").val_floor is None
 
 
 def test_characters_that_the_training_text_lacks_are_named(make, other):

@@ -11,11 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import error_of, text_of, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt_lightning.data.corpus import find_corpus
-from gpt_lightning.errors import UserError
 
 ALPHABETS = {
     "utf-8": "a,\"'{}\\\t\r\n é漢😀\ufeff\x85\u2028",
@@ -29,32 +29,11 @@ GERMAN = "Der Bär läuft über die Straße. Ärger gibt es häufig.\n" * 5
 RUSSIAN = "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный.\n" * 5
 
 
-def write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
 def write_zip(path: Path, members: dict[str, bytes | str]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
     return path
-
-
-def text_of(name, **options) -> str:
-    return "".join(find_corpus(str(name), **options).chunks())
-
-
-def error_of(name, *parts, **options) -> str:
-    """The message of the error that reading this corpus raises; all `parts` are in it."""
-    with pytest.raises(UserError) as caught:
-        text_of(name, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
-    return message
 
 
 # --- round trips ----------------------------------------------------------------------------------

@@ -11,9 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, TINY
-
-from gpt_lightning.cli import main
+from conftest import TEXT, TINY, run
 
 BEST = "lightning_logs/version_0/checkpoints/best.ckpt"
 EMBEDDED = (
@@ -26,12 +24,6 @@ EMBEDDED = (
     "--trainer.accelerator=cpu",
     "--sample.every_n_steps=0",
 )
-
-
-def run(*argv) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in argv])
-    return ended.value.code
 
 
 def figures(capsys, *argv) -> dict:
@@ -66,10 +58,9 @@ def embedded(tmp_path_factory):
     ],
     ids=lambda flags: " ".join(flags) or "char",
 )
-def test_without_a_text_the_figure_is_that_of_validate(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT + "春眠不觉晓,处处闻啼鸟。\n" * 30, encoding="utf-8")
-    (tmp_path / "val.txt").write_text("to be or not to be: 春眠\n" * 9, encoding="utf-8")
+def test_without_a_text_the_figure_is_that_of_validate(flags, empty, capsys):
+    (empty / "text.txt").write_text(TEXT + "春眠不觉晓,处处闻啼鸟。\n" * 30, encoding="utf-8")
+    (empty / "val.txt").write_text("to be or not to be: 春眠\n" * 9, encoding="utf-8")
     tiny = [f for f in TINY if "bigram" not in str(flags) or "model" not in f]
     assert run("fit", *tiny, *flags) == 0
     assert run("validate", "--trainer.accelerator=cpu") == 0
@@ -131,8 +122,7 @@ def test_models_with_different_vocabularies_score_the_same_text(
     assert "different texts" not in capsys.readouterr().out
 
 
-def test_the_protocol_identifies_checkpoint_and_text(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_the_protocol_identifies_checkpoint_and_text(here, capsys):
     Path("mine.txt").write_bytes("\ufeffto be\r\nor not".encode())
     protocol = figures(capsys, "--text=mine.txt")["results"][0]["protocol"]
     assert protocol["checkpoint_sha256"] == hashlib.sha256(Path(BEST).read_bytes()).hexdigest()
@@ -143,9 +133,8 @@ def test_the_protocol_identifies_checkpoint_and_text(trained, monkeypatch, capsy
     assert all(f" {name}=" in out for name in protocol)
 
 
-def test_standard_input_is_a_text(trained, capsys, monkeypatch):
-    monkeypatch.chdir(trained)
-    (trained / "mine.txt").write_text("to be")
+def test_standard_input_is_a_text(here, capsys):
+    (here / "mine.txt").write_text("to be")
     command = [sys.executable, "-m", "gpt_lightning", "evaluate", "--text=-", "--json"]
     done = subprocess.run(command, input=b"to be", capture_output=True, check=True)
     (one,) = json.loads(done.stdout)["results"]
@@ -154,8 +143,7 @@ def test_standard_input_is_a_text(trained, capsys, monkeypatch):
     )
 
 
-def test_unknown_characters_follow_the_policy_and_are_counted(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_unknown_characters_follow_the_policy_and_are_counted(here, capsys):
     Path("odd.txt").write_text("to be XX or not")
     Path("known.txt").write_text("to be  or not")
     assert run("evaluate", "--text=odd.txt") == 2
@@ -170,8 +158,7 @@ def test_unknown_characters_follow_the_policy_and_are_counted(trained, monkeypat
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "word"])
-def test_the_costs_of_the_lines_sum_to_that_of_the_text(tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_costs_of_the_lines_sum_to_that_of_the_text(tokenizer, empty, capsys):
     text = "春眠 to be\n\nor not, né\nto be"
     Path("text.txt").write_text(text * 50, encoding="utf-8")
     Path("mine.txt").write_text(text, encoding="utf-8")
@@ -186,8 +173,7 @@ def test_the_costs_of_the_lines_sum_to_that_of_the_text(tokenizer, tmp_path, mon
     assert sum(line["nats"] for line in lines) == pytest.approx(nats, rel=1e-6)
 
 
-def test_show_prints_the_text_in_colors_and_html_writes_a_page(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_show_prints_the_text_in_colors_and_html_writes_a_page(here, capsys):
     Path("mine.txt").write_text("to be or not")
     assert run("evaluate", "--text=mine.txt", "--show", "--html=page.html") == 0
     out = capsys.readouterr().out
@@ -211,23 +197,21 @@ def test_show_prints_the_text_in_colors_and_html_writes_a_page(trained, monkeypa
         (["--texts=a.txt"], "did you mean --text"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_flag(flags, message, trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_a_mistake_is_one_line_that_names_the_flag(flags, message, here, capsys):
     Path("empty.txt").touch()
     Path("one.txt").write_text("t")
     Path("other.ckpt").write_bytes(b"of another program")
-    before = sorted(trained.rglob("*"))
+    before = sorted(here.rglob("*"))
     assert run("evaluate", *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert sorted(trained.rglob("*")) == before
+    assert sorted(here.rglob("*")) == before
 
 
-def test_a_training_text_that_changed_or_is_gone_is_an_error(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_a_training_text_that_changed_or_is_gone_is_an_error(here, capsys):
     # the run of the fixture was trained on its own copy
     path = figures(capsys)["results"][0]["protocol"]["text"]
-    shutil.copy(path, kept := trained / "kept.txt")
+    shutil.copy(path, kept := here / "kept.txt")
     try:
         Path(path).write_text(TEXT + "to be\n", encoding="utf-8")
         assert run("evaluate") == 2
@@ -237,12 +221,3 @@ def test_a_training_text_that_changed_or_is_gone_is_an_error(trained, monkeypatc
         assert "give another one with --text" in capsys.readouterr().err
     finally:
         shutil.copy(kept, path)
-
-
-def test_evaluate_does_not_import_lightning(trained):
-    code = (
-        "import sys; from gpt_lightning.cli import run; run(['evaluate', '--html=page.html']);"
-        "names = {name.split('.')[0] for name in sys.modules};"
-        "sys.exit(len(names & {'lightning', 'torchmetrics', 'jsonargparse', 'tensorboard'}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=trained).returncode == 0

@@ -52,10 +52,11 @@ def test_a_shared_file_is_exported_again_in_another_precision(here):
         (["--to=gguf"], "invalid choice: 'gguf'"),
         (["--to=safetensors", "--out=a.bin"], "--out=a.bin must end with .safetensors"),
         (["--to=onnx", "--out=a.bin"], "--out=a.bin must end with .onnx"),
+        (["--to=html", "--out="], "--out=. must end with .html"),
         (["--to=html", "--out=a"], "--out=a must end with .html"),
         (["--to=safetensors", "--out=no/a.safetensors"], "there is no such folder"),
         (["--to=onnx", "--precision=fp16"], "--precision=fp16 is not one of --to=onnx: drop it"),
-        (["--to=onnx", "--ckpt_path=no.ckpt"], "--ckpt_path=no.ckpt: no checkpoint"),
+        (["--to=onnx", "--ckpt_path=no.ckpt"], "--ckpt_path=no.ckpt: no such file or folder"),
         (["--to=onnx", "--outs=x"], "did you mean --out?"),
     ],
 )

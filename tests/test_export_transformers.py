@@ -250,6 +250,12 @@ def test_a_missing_or_damaged_file_is_one_error(tmp_path, file):
         import_transformers(tmp_path / "out")
 
 
+def test_the_default_model_is_refused_by_its_name(tmp_path):
+    export_transformers(tmp_path, checkpoint_of("gpt"), tmp_path / "out")
+    with pytest.raises(UserError, match="model_type=gpt_lightning is not the lecture's model"):
+        import_transformers(tmp_path / "out")
+
+
 def test_new_settings_of_the_lecture_model_keep_its_defaults():
     sizes = {"name": "lecture", "vocab_size": 5, "block_size": 4, "n_embd": 8}
     with pytest.raises(UserError, match="activation=tanh must be one of relu, gelu, gelu_tanh"):

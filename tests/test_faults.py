@@ -11,37 +11,16 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, contents
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.checkpoint import read_checkpoint
-from gpt_lightning.cli import main
 from gpt_lightning.training.module import GPTModule
 
 RUN = Path("lightning_logs/version_0")
 LAST, BEST = RUN / "checkpoints/last.ckpt", RUN / "checkpoints/best.ckpt"
 RESUME = ("fit", "--ckpt_path=last", "--trainer.accelerator=cpu")
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
-
-
-@pytest.fixture
-def ends(capsys):
-    """`ends(*argv)`: the command's exit code, and its stdout and stderr."""
-
-    def run(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(list(map(str, argv)))
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
 
 
 def one_line(code: int, err: str) -> str:
@@ -53,12 +32,6 @@ def damage(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0x40
     path.write_bytes(raw)
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    """Every file but locks."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {path: path.read_bytes() for path in found}
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(here, ends):
@@ -75,7 +48,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(here, ends):
 def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(here):
     import resource
 
-    before = files(LAST.parent)
+    before = contents(LAST.parent)
     limit = min(map(len, before.values())) // 2  # bytes that a file may have, as on a full disk
     run = subprocess.run(
         [sys.executable, "-m", "gpt_lightning", *RESUME, "--trainer.max_steps=8"],
@@ -87,7 +60,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(here):
     line = one_line(run.returncode, run.stderr)
     assert "best.ckpt could not be written" in line and "File too large" in line
     assert "Step 4 is saved.\nResume with: python -m gpt_lightning fit --ckpt_path=" in run.stdout
-    assert files(LAST.parent) == before
+    assert contents(LAST.parent) == before
 
 
 def test_a_damaged_last_is_replaced_by_the_newest_intact_checkpoint(here, ends):
@@ -106,11 +79,11 @@ def test_a_damaged_best_is_replaced_for_validate_and_generate_too(here, ends):
 
 
 def test_a_run_that_another_process_trains_is_left_alone(here, ends):
-    before = files(here)
+    before = contents(here)
     with filelock.FileLock(LAST.with_name(".lock")):
         code, _, err = ends(*RESUME, "--trainer.max_steps=8")
     assert f"another process trains in {RUN}" in one_line(code, err)
-    assert files(here) == before
+    assert contents(here) == before
 
 
 def test_max_time_prints_the_command_that_resumes_exactly(here, ends):
@@ -331,24 +304,6 @@ def test_one_batch_is_not_all_batches(here, ends):
     limited = re.findall(r"val (\d\.\d+) nats", out)[-1]
     whole = re.findall(r"val (\d\.\d+) nats", ends("validate", "--trainer.accelerator=cpu")[1])[-1]
     assert limited != whole  # and `validate` does not take the limit from the checkpoint
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["raise RuntimeError('the printer is out of memory')", "raise OSError(28, 'my own disk')"],
-)
-def test_an_exception_of_the_users_own_callback_is_not_taken_for_another(
-    here, ends, monkeypatch, line
-):
-    module = f"own{abs(hash(line))}"
-    Path(f"{module}.py").write_text(
-        "from lightning.pytorch import Callback\n"
-        "class Fails(Callback):\n"
-        f"    def on_train_start(self, *_):\n        {line}\n"
-    )
-    monkeypatch.syspath_prepend(here)
-    with pytest.raises((RuntimeError, OSError), match="printer|my own disk"):
-        main(["fit", *TINY, f"--trainer.callbacks={module}.Fails"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 
 from gpt_lightning.checkpoint import KEY, read_checkpoint
-from gpt_lightning.cli import main
 from gpt_lightning.errors import UserError
 from gpt_lightning.fine_tuning import begin_from
 
 OLD, NEW = "that is the question: to be or not to be\n" * 40, "Ärger! 42 Übel im Ohr\n" * 80
 LAST = "lightning_logs/version_{}/checkpoints/last.ckpt"
-
-
-def run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(argv))
-    return end.value.code
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import itertools
 from bisect import bisect_right
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint_of
+from conftest import checkpoint_of, seeded
 from lecture_oracle import oracle_of
 
 from gpt_lightning.checkpoint import KEY, describe, model_and_tokenizer
@@ -19,12 +18,6 @@ from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model import build_model
 from gpt_lightning.model.attention import causal_attention
 from gpt_lightning.model.lecture import BigramConfig, LectureConfig
-
-ROOT = Path(__file__).parent.parent
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def lecture_model(block_size=6, vocab_size=9, **more):

@@ -1,12 +1,12 @@
 """The command `inspect`, and what `fit` prints of it."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, run
 
-from gpt_lightning.cli import main
 from gpt_lightning.data.corpus import find_corpus
 
 WORDS = "the of and to in that is was for it with as his on be at by had not are but from"
@@ -18,15 +18,8 @@ def lines_of(n: int, seed: int) -> str:
 
 
 @pytest.fixture
-def inspect(capsys):
-    """Run `inspect` with flags; returns its exit code, output and errors."""
-
-    def run(*flags):
-        with pytest.raises(SystemExit) as end:
-            main(["inspect", *map(str, flags)])
-        return end.value.code, *capsys.readouterr()
-
-    return run
+def inspect(ends):
+    return partial(ends, "inspect")
 
 
 def test_a_clean_text_is_described_without_a_warning(inspect, tmp_path):
@@ -83,21 +76,18 @@ def test_a_long_text_is_sampled_and_the_report_says_so(inspect, tmp_path, monkey
         (["--splt=tail"], "did you mean --split?"),
     ],
 )
-def test_a_mistake_is_one_line(inspect, flags, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "one.txt").write_text("x")
+def test_a_mistake_is_one_line(inspect, flags, message, empty):
+    (empty / "one.txt").write_text("x")
     code, _, error = inspect(*flags)
     assert code == 2 and message in error and error.count("\n") == 1
 
 
-def test_fit_prints_the_warnings_of_a_text_once(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)  # its text is two lines, twenty times
+def test_fit_prints_the_warnings_of_a_text_once(here, capsys):
+    # its text is two lines, twenty times
     for flags, notes in ((TINY, 1), (["--ckpt_path=last", "--trainer.max_steps=5"], 0)):
-        with pytest.raises(SystemExit):
-            main(["fit", *flags])
+        assert run("fit", *flags) == 0
         out = capsys.readouterr().out
         assert len(re.findall(r"^note   100% of the validation text repeats", out, re.M)) == notes
-    (trained / "text.txt").write_text(lines_of(100, 0))
-    with pytest.raises(SystemExit):
-        main(["fit", *TINY])
+    (here / "text.txt").write_text(lines_of(100, 0))
+    assert run("fit", *TINY) == 0
     assert "note " not in capsys.readouterr().out

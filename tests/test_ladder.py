@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Page
+from conftest import Page, run
 
 from gpt_lightning import ladder
 from gpt_lightning.cli import main
@@ -50,9 +50,7 @@ def without_gpu(monkeypatch):
 
 
 def climb(*flags: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["climb", *FLAGS, *flags])
-    return end.value.code
+    return run("climb", *FLAGS, *flags)
 
 
 def table(out: str) -> dict[str, dict[str, str]]:
@@ -109,9 +107,8 @@ def test_each_rung_has_a_page_that_links_to_the_next_and_the_previous(without_gp
 def test_the_loss_of_a_run_is_that_of_validate(capsys):
     assert climb("--out=out", "--rungs=2_high", "--seeds=1") == 0
     (loss,) = losses(table("out")["2_high"])
-    with pytest.raises(SystemExit):
-        path = "out/2_high/seed_1/checkpoints/last.ckpt"
-        main(["validate", f"--ckpt_path={path}", "--trainer.accelerator=cpu"])
+    path = "out/2_high/seed_1/checkpoints/last.ckpt"
+    assert run("validate", f"--ckpt_path={path}", "--trainer.accelerator=cpu") == 0
     printed = [float(number) for number in re.findall(r"\d+\.\d{4,}", capsys.readouterr().out)]
     assert any(number == pytest.approx(loss, abs=1e-5) for number in printed)
 

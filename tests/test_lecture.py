@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import perturbed, seeded
 from lecture_oracle import LADDER, copy_named, from_rung, oracle_of
 from torch import nn
 
@@ -31,17 +32,13 @@ SWITCHES = dict(scaled=False, ffwd=1, residual=False, proj=False, norm=False)
 
 
 def random_model(name="lecture", noise=0.3, **settings) -> nn.Module:
-    """A model with every weight moved away from its initial value."""
+    """A model in eval mode, every weight moved away from its initial value."""
     torch.manual_seed(3)
-    model = build_model(CONFIGS[name](**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * noise)
-    return model
+    return perturbed(build_model(CONFIGS[name](**settings)), noise)
 
 
 def some_ids(vocab_size, *shape) -> torch.Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(5))
+    return torch.randint(vocab_size, shape, generator=seeded(5))
 
 
 def rung(name, noise=0.15, **settings) -> tuple[nn.Module, nn.Module]:
@@ -54,7 +51,7 @@ def rung(name, noise=0.15, **settings) -> tuple[nn.Module, nn.Module]:
     # small weights: without a norm, weights of 0.3 would give logits of 800
     found |= {"vocab_size": 11, "init_std": 0.02, **settings}
     fields = {field.name for field in dataclasses.fields(CONFIGS[kind])}
-    model = random_model(kind, noise, **{k: v for k, v in found.items() if k in fields}).eval()
+    model = random_model(kind, noise, **{k: v for k, v in found.items() if k in fields})
     V, T = model.config.vocab_size, model.config.block_size
     C, n_head = found.get("n_embd", 0), found.get("n_head", 1)
     oracle = LADDER[name](V, T, C)
@@ -125,7 +122,7 @@ def test_logits_and_gradients_of_every_rung_equal_the_lecture(name, fused):
 
 
 def test_attention_weights_equal_the_softmax_of_the_lecture_heads():
-    model = random_model(**SHAPES[1]).eval()
+    model = random_model(**SHAPES[1])
     attention, x = model.blocks[0].sa, torch.randn(2, 16, 32)
     q, k, _ = attention.heads(x)
     heads = oracle_of(model).blocks[0].sa.heads
@@ -197,7 +194,7 @@ def test_dropout_is_in_the_lecture_s_places(monkeypatch, fused):
 )
 def test_changing_a_token_changes_no_earlier_logit(settings):
     V, T = settings["vocab_size"], settings["block_size"]
-    model = random_model(**settings).eval()
+    model = random_model(**settings)
     ids = some_ids(V, 1, T)
     before = model(ids)
     for at in range(T):

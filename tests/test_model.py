@@ -53,6 +53,7 @@ def test_missing_settings_have_their_defaults(config):
         ({"name": "gpt", "n_layer": True}, "n_layer=true must be of type int"),
         ({"name": "gpt", "dropout": None}, "dropout=null must be of type float"),
         ({"name": "lecture", "init_std": "x"}, 'init_std="x" must be of type float or null'),
+        ({"name": "bigram", "block_size": 1 << 18}, "block_size=262144 must be at most 131072"),
         ({"name": "gpt", "n_head": 3}, "n_embd=128 must be a multiple of twice n_head=3"),
     ],
     ids=str,

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning import GPTConfig, GPTModule, TextDataModule
-from gpt_lightning.cli import main
 from gpt_lightning.training import callbacks
 from gpt_lightning.training.callbacks import RunProgressBar, TrainingMetrics
 from gpt_lightning.training.report import files_read, outcome
@@ -39,22 +38,18 @@ def test_the_outcome_of_a_run_follows_from_its_validation_losses(losses, rows):
     assert outcome(trainer, None) == rows
 
 
-def test_a_run_that_ends_early_says_why(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_a_run_that_ends_early_says_why(here, capsys):
     stop = ["callbacks+=EarlyStopping", "callbacks.monitor=loss/val", "callbacks.patience=2",
             "callbacks.min_delta=100", "val_check_interval=4", "max_steps=400"]  # fmt: skip
-    with pytest.raises(SystemExit):
-        main(["fit", *TINY, *(f"--trainer.{flag}" for flag in stop)])
+    assert run("fit", *TINY, *(f"--trainer.{flag}" for flag in stop)) == 0
     row = re.search(r"^stopped early +(.+)$", capsys.readouterr().out, re.MULTILINE)[1]
     assert row.startswith("step 12 of 400: ") and "loss/val did not improve" in row
 
 
-def test_commands_name_the_checkpoint_that_they_take(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_commands_name_the_checkpoint_that_they_take(here, capsys):
     printed = {}
     for command in ("validate", "test", "generate"):
-        with pytest.raises(SystemExit):
-            main([command, *(["--max_new_tokens=3"] if command == "generate" else [])])
+        assert run(command, *(["--max_new_tokens=3"] if command == "generate" else [])) == 0
         printed[command] = capsys.readouterr()
     path = "lightning_logs/version_0/checkpoints/best.ckpt"
     assert printed["generate"].err == f"checkpoint {path}, step 4\n"
@@ -63,15 +58,12 @@ def test_commands_name_the_checkpoint_that_they_take(trained, monkeypatch, capsy
         assert re.search(rf"^step 4  {part} \d.\d+ nats \(", printed[command].out, re.MULTILINE)
 
 
-def test_a_lack_of_memory_is_told_as_one(trained, monkeypatch, capsys):
+def test_a_lack_of_memory_is_told_as_one(here, monkeypatch, capsys):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.chdir(trained)
     monkeypatch.setattr(GPTModule, "losses", fail)
-    with pytest.raises(SystemExit) as end:
-        main(["fit", *TINY])
-    assert end.value.code == 2
+    assert run("fit", *TINY) == 2
     assert "out of memory" in (error := capsys.readouterr().err) and "--data.batch_size=4" in error
 
 
@@ -116,11 +108,10 @@ def test_a_run_that_becomes_slow_for_a_minute_says_so_once():
     assert [now for now, speed in speeds if metrics.is_slow(speed, now)] == [121, 371]
 
 
-def test_a_resumed_run_compares_with_the_losses_from_before(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    with pytest.raises(SystemExit):
-        main(["fit", "--ckpt_path=last", "--model.learning_rate=0.05", "--trainer.max_steps=40",
-              "--trainer.val_check_interval=40", "--trainer.accelerator=cpu"])  # fmt: skip
+def test_a_resumed_run_compares_with_the_losses_from_before(here, capsys):
+    longer = ["--trainer.max_steps=40", "--trainer.val_check_interval=40"]
+    flags = ["--ckpt_path=last", "--model.learning_rate=0.05", "--trainer.accelerator=cpu"]
+    assert run("fit", *flags, *longer) == 0
     assert re.search(r"still falling +\d\.\d+ nats since step 4\n", capsys.readouterr().out)
 
 
@@ -146,13 +137,11 @@ def test_the_summary_counts_what_was_read_and_names_what_was_not(tmp_path):
         assert said in files_read(data) and "; left out: photo (binary)" in files_read(data)
 
 
-def test_what_a_validation_text_lacks_and_repeats_is_told(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
+def test_what_a_validation_text_lacks_and_repeats_is_told(here, capsys):
     text = Path("text.txt").read_text()
     Path("other.txt").write_text(text[:500] + "9876")
     flags = ("--data.val_corpus=other.txt", "--data.unknown=drop", "--trainer.max_steps=2")
-    with pytest.raises(SystemExit):
-        main(["fit", *TINY, *flags])
+    assert run("fit", *TINY, *flags) == 0
     out = capsys.readouterr().out
     assert "       4 of 504 characters of " in out and "other.txt are not in the vocabulary" in out
     assert re.search(r"note   \d+% of the validation text repeats", out)

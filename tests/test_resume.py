@@ -154,13 +154,8 @@ def test_a_killed_process_ends_the_run_and_one_process_continues_it(tmp_path):
 
 
 def test_two_agents_of_torchrun_train_as_one_process_with_the_whole_batch(tmp_path):
-    run = [
-        *RUN,
-        *LECTURE,
-        "--trainer.max_steps=20",
-        "--model.dropout=0",
-        "--sample.every_n_steps=0",
-    ]
+    short = ["--trainer.max_steps=20", "--model.dropout=0", "--sample.every_n_steps=0"]
+    run = [*RUN, *LECTURE, *short]
     finish(tmp_path / "one", *run, "--data.batch_size=12")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -169,14 +164,9 @@ def test_two_agents_of_torchrun_train_as_one_process_with_the_whole_batch(tmp_pa
     agents.mkdir()
     processes = []
     for rank in range(2):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=2",
-            f"--node_rank={rank}",
-        ]
-        command += ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        command += [f"--node_rank={rank}", "--nproc_per_node=1"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
         command += ["-m", "gpt_lightning", *run, "--data.batch_size=6"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         processes.append(subprocess.Popen(command, cwd=agents, env=environment))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -109,15 +110,21 @@ def with_header(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
-def entry(**changes) -> bytes:
-    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
-    return with_header(json.dumps({"__metadata__": {}, "w": tensor}).encode(), bytes(8))
-
-
-def signed(tensors, description: str) -> bytes:
-    """A file with a valid digest: the SHA-256 of the file that has zeros in its place."""
-    data = save(tensors, {KEY: description, "sha256": "0" * 64})
+def sign(data: bytes) -> bytes:
+    """The file with a valid digest: the SHA-256 of the file that has zeros in its place."""
     return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def entry(**changes) -> bytes:
+    """A signed file whose tensor w has a changed entry in the header."""
+    metadata = {KEY: '{"step": 1}', "sha256": "0" * 64}
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+    header = json.dumps({"__metadata__": metadata, "w": tensor})
+    return sign(with_header(header.encode(), bytes(8)))
+
+
+def described(tensors, description: str) -> bytes:
+    return sign(save(tensors, {KEY: description, "sha256": "0" * 64}))
 
 
 HOSTILE = {
@@ -126,12 +133,21 @@ HOSTILE = {
     "deep nesting": with_header(b"[" * 100_000 + b"]" * 100_000),
     "a large shape": entry(shape=[1 << 40]),
     "a large offset": entry(data_offsets=[0, 1 << 40]),
+    "a negative offset": entry(data_offsets=[-8, 0]),
+    "a shape beyond 64 bits": entry(shape=[10**30]),
+    "a shape that overflows 64 bits": entry(shape=[1 << 32, 1 << 32], data_offsets=[0, 0]),
+    "a shape that is not a number": entry(shape=[math.nan]),
+    "an integer of many digits": with_header(b"[1" + b"0" * 10_000 + b"]"),
+    "an unknown dtype": entry(dtype="F31"),
+    "8-bit floats": entry(dtype="F8_E4M3", shape=[8]),
     "no metadata": save({"w": torch.zeros(2)}),
     "no digest": save({"w": torch.zeros(2)}, {KEY: "{}"}),
     "a wrong digest": save({"w": torch.zeros(2)}, {KEY: "{}", "sha256": "0" * 64}),
-    "integers": signed({"w": torch.zeros(2, dtype=torch.int8)}, '{"step": 1}'),
-    "a description that is no dict": signed({"w": torch.zeros(2)}, "[1]"),
-    "a description of deep nesting": signed({"w": torch.zeros(2)}, "[" * 100_000 + "]" * 100_000),
+    "integers": described({"w": torch.zeros(2, dtype=torch.int8)}, '{"step": 1}'),
+    "a description that is no dict": described({"w": torch.zeros(2)}, "[1]"),
+    "a description of deep nesting": described(
+        {"w": torch.zeros(2)}, "[" * 100_000 + "]" * 100_000
+    ),
 }
 
 
@@ -140,9 +156,15 @@ def test_of_two_tensors_with_one_name_the_library_takes_the_last(path):
     tensor = '"w": {"dtype": "F32", "shape": [%d], "data_offsets": [0, 4]}'
     header = f'{{"__metadata__": {{"{KEY}": "1", "sha256": "{"0" * 64}"}}, '
     data = with_header(f"{header}{tensor % 2}, {tensor % 1}}}".encode(), struct.pack("<f", 5))
-    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
+    path.write_bytes(sign(data))
     weights, _ = read_safetensors(path)
     assert weights["w"].tolist() == [5]
+
+
+def test_a_file_of_another_program_is_named_as_one(path):
+    path.write_bytes(save({"w": torch.zeros(2)}, {"format": "pt"}))
+    with pytest.raises(DamagedCheckpoint, match="another program wrote it"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("case", HOSTILE)

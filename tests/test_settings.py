@@ -121,11 +121,6 @@ def test_another_text_is_validated_with_the_vocabulary_of_the_checkpoint(restore
     assert found["data"] == {"corpus": "b.txt", "block_size": 16, "vocabulary": "abc"}
 
 
-def test_resuming_with_another_optimizer_is_refused(restored):
-    with pytest.raises(UserError, match="--model.optimizer=adamw cannot continue"):
-        restored("fit", "--model.optimizer=adamw")
-
-
 @pytest.mark.parametrize("flag, count", [("callbacks+", 2), ("callbacks", 1)])
 def test_callbacks_are_added_to_those_of_the_checkpoint_or_replace_them(restored, flag, count):
     trainer = {"callbacks": [STOPPING], "max_steps": 9}

@@ -44,13 +44,7 @@ $classes
 
 
 def cost_page(title: str, report: str, cells: Iterable[Cell]) -> str:
-    """The page.
-
-    Args:
-        title: its heading.
-        report: lines of figures.
-        cells: the text.
-    """
+    """The page: a heading, the text in `cells`, and below it the lines of `report`."""
     colors = enumerate(COLORS.values())
     return PAGE.substitute(
         title=escape(title),

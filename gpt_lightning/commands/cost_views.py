@@ -43,12 +43,9 @@ class Cell:
 
 
 class TokenCosts:
-    """The cost of each token of a text, kept while it is scored.
+    """The cost of each token of a text, kept while its spans are scored.
 
-    Args:
-        tokenizer: of the text.
-        ids: the text.
-        spans: the parts that are scored; the first token of each is not predicted.
+    The first token of each span is not predicted.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: np.ndarray, spans: list[Span]):

@@ -56,7 +56,7 @@ def export(args: Namespace) -> None:
         write_model_file,
     )
 
-    out = Path(args.out or OUT[args.to])
+    out = Path(OUT[args.to] if args.out is None else args.out)
     check_new("out", out, Path(OUT[args.to]).suffix)
     precisions = PRECISIONS.get(args.to, ())
     if args.precision not in (None, *precisions):

@@ -141,7 +141,6 @@ def find_corpus(
     """The corpus of this name (see the module's docstring), downloaded or generated if need be.
 
     Args:
-        name: of the corpus.
         field: of files with rows (.jsonl, .ndjson, .csv, .tsv), the field that is text; each row
             is a document. Without it they are read as plain text.
         encoding: of the files: a codec of Python, or "auto" to detect that of each file.

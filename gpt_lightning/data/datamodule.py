@@ -35,7 +35,7 @@ BATCHES_AT_ONCE = 64  # window starts are computed for this many batches togethe
 VAL_TOKENS_CPU, VAL_TOKENS = 1 << 11, 1 << 16  # of a validation batch, on a CPU and on a GPU
 VAL_LOGITS = 1 << 26  # of a validation batch at most: 256 MB in fp32
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: (B, T) token ids each, y one token later
 
 
 def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
@@ -385,9 +385,11 @@ class TextDataModule(LightningDataModule):
     ) -> Iterator[Batch]:
         """`n` random batches for the lecture's `estimate_loss`, divided among the ranks."""
         hp = self.hparams
-        tokens, spans = self.tokens, self.train_spans
-        if part == "val":
-            tokens, spans = self.val_ids, self.val_spans
+        parts = {
+            "train": (self.tokens, self.train_spans),
+            "val": (self.val_ids, self.val_spans),
+        }
+        tokens, spans = parts[part]
         source = RandomWindows(spans, hp.block_size, hp.seed)
         for i in range(rank, n, world):
             # far beyond the numbers of training windows, so that no batch of training is repeated

@@ -107,7 +107,6 @@ def find_text_files(
     """The text files at these paths and in their archives, in order.
 
     Args:
-        paths: files.
         encoding: of all of them; "auto" detects that of each.
         field: the field that is read, of files that have rows.
 

@@ -341,7 +341,7 @@ def _derive(stage: Stage, symbol: str, rng: random.Random) -> tuple[str, float]:
     return "".join(pieces), cost
 
 
-def write_lines(seed: int = DEFAULT_SEED) -> Iterator[tuple[str, float]]:
+def write_lines(seed: int) -> Iterator[tuple[str, float]]:
     """Endless lines, each with its newline and its cost in nats, -log P(line | lines before)."""
     rng, stage = random.Random(seed), Stage()
     while True:

@@ -133,8 +133,7 @@ def repeated_message(share: float) -> str:
 def end_message(end: float, blocks: float) -> str:
     """A warning if the end of the text is unlike the rest; otherwise "".
 
-    Args:
-        end, blocks: entropies of what the splits "tail" and "blocks" hold out.
+    `end` and `blocks` are the entropies of what the splits "tail" and "blocks" hold out.
     """
     if end <= END_RATIO * blocks:
         return ""

@@ -97,8 +97,7 @@ class TokenFile:
 
     Args:
         path: the file.
-        corpus: the text.
-        corpus_sha256: its digest.
+        corpus_sha256: digest of the text.
         tokenizer: has the policy for unknown characters that was asked for.
         documents, characters: of the text.
         unknown: number of characters of the text that were replaced or dropped.
@@ -130,8 +129,6 @@ def prepare_tokens(
     """The token file of a corpus, from the cache or built now.
 
     Args:
-        corpus: the text.
-        settings: of the tokenizer.
         vocabulary_corpus: the text that the vocabulary is made from; `corpus` by default.
 
     Raises:

@@ -32,7 +32,6 @@ DEFAULTS = {  # of GPT2Config
     "activation_function": "gelu_new",
 }
 MAX_LOGIT_ERROR = 1e-5
-INSTALL = 'pip install -e ".[export]"'
 
 
 def export_transformers(path: Path, checkpoint: dict[str, Any], out: Path) -> str:
@@ -160,7 +159,8 @@ def tokenizer_of(tokenizer: Tokenizer) -> str:
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Pipeline
     except ImportError:
-        raise UserError(f"to=transformers needs the package tokenizers: {INSTALL}") from None
+        message = 'to=transformers needs the package tokenizers: pip install -e ".[export]"'
+        raise UserError(message) from None
     if isinstance(tokenizer, CharTokenizer):
         ids = {character: i for i, character in enumerate(tokenizer.vocabulary)}
         pipeline = Pipeline(models.WordLevel(ids))
@@ -202,6 +202,10 @@ def import_transformers(folder: str | Path) -> dict[str, Any]:
             json.loads((folder / name).read_text("utf-8"))
             for name in ("config.json", "tokenizer.json")
         )
+        config = DEFAULTS | config
+        for name in ("model_type", "layer_norm_epsilon", "scale_attn_by_inverse_layer_idx"):
+            if config[name] != DEFAULTS[name]:
+                raise UserError(f"{name}={config[name]} is not the lecture's model")
         weights = load_file(folder / "model.safetensors")
         tokenizer, rows = tokenizer_from_json(tokenizer_json["model"])
         # GPT-2 was published without this prefix and without its head, which is the embedding
@@ -212,16 +216,15 @@ def import_transformers(folder: str | Path) -> dict[str, Any]:
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
         for name in ("transformer.wte.weight", "lm_head.weight"):
             weights[name] = weights[name][rows]
-        config = DEFAULTS | config
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except OSError as error:
-        raise UserError(f"{folder}: {error.filename or error} cannot be read") from error
+        raise UserError(
+            f"{folder}: {error.filename or error} cannot be read; give a folder with config.json, "
+            "tokenizer.json and model.safetensors"
+        ) from error
     except Exception as error:  # an untrusted JSON file can be anything
         raise UserError(f"{folder}: not a folder of a GPT2LMHeadModel ({error!r})") from error
-    for name in ("model_type", "layer_norm_epsilon", "scale_attn_by_inverse_layer_idx"):
-        if config[name] != DEFAULTS[name]:
-            raise UserError(f"{folder}: {name}={config[name]} is not the lecture's model")
     activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     activation = str(config["activation_function"])
     return checkpoint_from_gpt2(

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 
 STEP = 32  # tokens by which the cache grows
 FEW = 8  # samples; for so many at most, the cache on a CPU is in fp32
+# The default GPT's rotary table has block_size rows, and no weight in a file tells their number, so
+# this bounds the memory of a model from an untrusted file.
+MAX_BLOCK_SIZE = 1 << 17
 
 
 def causal_attention(

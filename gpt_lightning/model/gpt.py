@@ -16,14 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt_lightning.errors import UserError
-from gpt_lightning.model.attention import KVCache, causal_attention
+from gpt_lightning.model.attention import MAX_BLOCK_SIZE, KVCache, causal_attention
 
 # Largest numbers of rows of the n-gram embeddings; n-grams share rows beyond that. Those of longer
 # n-grams have a prime number of rows: the row is a remainder, and a remainder by a power of two
 # would depend on the n-gram's last bytes only.
 PAIR_ROWS, NGRAM_ROWS = 1 << 15, 16_381
-# The rotary table has block_size rows and is in no file, so this bounds the memory of any model.
-MAX_BLOCK_SIZE = 1 << 17
 MULTI_TOKEN_WEIGHT = 0.3  # of the first multi-token head's loss; head n has a weight of 0.3 / n
 
 

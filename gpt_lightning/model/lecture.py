@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt_lightning.errors import UserError
-from gpt_lightning.model.attention import KVCache, causal_attention
+from gpt_lightning.model.attention import MAX_BLOCK_SIZE, KVCache, causal_attention
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -105,7 +105,7 @@ class BigramConfig:
     Args:
         init_std: standard deviation of the initial weights; null uses torch's own initialization.
         vocab_size: V, number of distinct tokens; 0: filled in from the data.
-        block_size: T, length of the windows of data; 0: filled in from the data.
+        block_size: T, length of the windows of data, at most 131,072; 0: filled in from the data.
     """
 
     name: ClassVar[str] = "bigram"
@@ -118,6 +118,8 @@ class BigramConfig:
         for name in ("vocab_size", "block_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.block_size > MAX_BLOCK_SIZE:
+            raise UserError(f"block_size={self.block_size} must be at most {MAX_BLOCK_SIZE}")
         check_init_std(self.init_std)
 
 

@@ -261,8 +261,8 @@ class RunProgressBar(TQDMProgressBar):
     When stdout is not a terminal, a line every 30 seconds takes its place.
     """
 
-    def __init__(self, refresh_rate: int = 10):
-        super().__init__(refresh_rate=refresh_rate if sys.stdout.isatty() else 0)
+    def __init__(self):
+        super().__init__(refresh_rate=10 if sys.stdout.isatty() else 0)
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
         names = {"loss/train": "train", "loss/val": "val"}

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule
 from torchmetrics import MeanMetric
 
 from gpt_lightning.checkpoint import KEY, check_compatible, describe
-from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.datamodule import Batch, TextDataModule
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import (
     GPTConfig,
@@ -29,8 +29,6 @@ from gpt_lightning.training.callbacks import TrainingClock, TrainingMetrics
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer, learning_rate_at
 from gpt_lightning.training.step_graph import StepGraph, can_record
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: (B, T) token ids each, y one token later
 
 
 class GPTModule(LightningModule):

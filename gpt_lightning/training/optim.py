@@ -265,16 +265,16 @@ def wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
-def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Matrices (N, R, C), R at most C, with their singular values brought to about 0.7 to 1.2.
 
-    Each step is an odd quintic polynomial of the matrix, with coefficients that make small singular
-    values grow fastest (Jordan et al. 2024). It is computed in `dtype`; bf16 is accurate enough.
+    Each of the five steps is an odd quintic polynomial in which small singular values grow fastest
+    (Jordan et al. 2024). It is computed in `dtype`; bf16 is accurate enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x.to(dtype)
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return y.type_as(x)

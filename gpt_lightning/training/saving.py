@@ -110,26 +110,26 @@ class BestAndLast(Checkpoint):
             self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         self.folder = trainer.strategy.broadcast(self.folder)  # the first process chose it
         if stage == "fit" and trainer.is_global_zero:
-            self.claim(self.folder)
+            self.claim()
 
-    def claim(self, folder: Path) -> None:
-        """Lock `folder` until the run ends: two runs would mix their files."""
+    def claim(self) -> None:
+        """Lock the folder until the run ends: two runs would mix their files."""
         if self.lock is not None:
             return
-        lock = filelock.FileLock(folder / ".lock")
+        lock = filelock.FileLock(self.folder / ".lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             self.lock = lock
         except filelock.Timeout:
             raise UserError(
-                f"another process trains in {folder.parent}; wait for its end, or choose another "
-                "default_root_dir"
+                f"another process trains in {self.folder.parent}; wait for its end, or choose "
+                "another default_root_dir"
             ) from None
         except NotImplementedError:  # some network file systems have no locks
             pass
         except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror})") from error
+            raise UserError(f"{self.folder} cannot be written to ({error.strerror})") from error
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.saved_step, self.signum = trainer.global_step, None

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+from gpt_lightning.data.datamodule import Batch
+
 EAGER_STEPS = 3  # before recording: they compile, create the optimizer's state and tune cuBLAS
 NEED_GRADIENTS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
