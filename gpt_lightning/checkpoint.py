@@ -388,7 +388,7 @@ def check_compatible(
     Both are from `describe`. With `same_corpus`, text and split have to be the same too: to train,
     not to validate.
     """
-    advice = "drop the setting, or train anew without ckpt_path"
+    advice = "drop the setting, or train anew without --ckpt_path"
     # a checkpoint from before a field existed was trained with its default
     theirs, mine = config_to_dict(config_from_dict(entry["model"])), ours["model"]
     for name in ("name", *mine):  # another model has other settings altogether

@@ -29,7 +29,9 @@ def find_config(name: str, base_of: Path | None = None) -> Path:
     if found := shipped.get(name.removesuffix(".yaml")):
         return found
     setting = f"config={base_of}: base: {name}" if base_of else f"config={name}"
-    hint = did_you_mean(name, shipped)
+    below = [one for one in sorted(shipped) if one.startswith(f"{name.rstrip('/')}/")]
+    hint = f"; choose one of {', '.join(below)}" if below else did_you_mean(name, shipped)
+    hint = hint or f"; the shipped ones are in {CONFIGS}"
     raise UserError(f"{setting}: no such file and no shipped config of that name{hint}")
 
 

@@ -370,15 +370,17 @@ def execute(run: Run) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or in_users_code(error):
             raise
-        raise UserError(f"the disk is full: {error.filename or run.folder}") from error
+        raise UserError(
+            f"the disk is full: {error.filename or run.folder}; free some space and resume"
+        ) from error
     except RuntimeError as error:
         # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
         if not re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
             raise
         sizes = run.data.hparams
         raise UserError(
-            f"out of memory: a smaller value than batch_size={sizes.batch_size} or "
-            f"block_size={sizes.block_size} needs less"
+            f"out of memory: a smaller model, or a smaller value than "
+            f"batch_size={sizes.batch_size} or block_size={sizes.block_size}, needs less"
         ) from error
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise gloo's threads abort at the exit

@@ -37,9 +37,23 @@ GUESSES = {  # for flags of other programs
     "--resume": "; did you mean --ckpt_path=last?",
     **dict.fromkeys(("--lr", "--learning-rate"), "; did you mean --model.learning_rate?"),
     **dict.fromkeys(("--gpus", "--devices"), "; did you mean --trainer.devices?"),
-    **dict.fromkeys(("--epochs", "--max_epochs"), "; did you mean --trainer.max_epochs?"),
+    **dict.fromkeys(
+        ("--epochs", "--max_epochs", "--num_train_epochs"), "; did you mean --trainer.max_epochs?"
+    ),
     **dict.fromkeys(("--steps", "--max_iters"), "; did you mean --trainer.max_steps?"),
-    **dict.fromkeys(("--data", "--text", "--file"), "; did you mean --data.corpus?"),
+    **dict.fromkeys(("--data", "--dataset", "--text", "--file"), "; did you mean --data.corpus?"),
+    **dict.fromkeys(
+        ("--batch-size", "--per_device_train_batch_size"), "; did you mean --data.batch_size?"
+    ),
+    "--device": "; did you mean --trainer.accelerator?",
+    **dict.fromkeys(("--output_dir", "--out_dir"), "; did you mean --trainer.default_root_dir?"),
+}
+TYPES = {  # in words
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true, false",
+    "<class 'str'>": "a text",
+    "<class 'NoneType'>": "null",
 }
 LOGGERS = {  # the name of a package, which is also the short name of its logger, and the class
     "csv": "CSVLogger",
@@ -108,7 +122,7 @@ def parse(parser: ArgumentParser, argv: list[str], base: Settings | None = None)
     try:
         namespace = parser.parse_args(expanded, defaults=False)
     except ArgumentError as error:
-        message = unknown_flag(argv, parser) or str(error)
+        message = unknown_flag(argv, parser) or plain_message(str(error))
         raise UserError(wrong_config(argv, parser) + message) from error
     text = parser.dump(namespace, skip_unset=False, skip_validation=True)
     given = yaml.safe_load(text) or {}  # plain types only
@@ -150,6 +164,23 @@ def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
             hint = GUESSES.get(flag) or did_you_mean(flag, known)
             return f"unknown flag {flag}{hint}"
     return None
+
+
+def plain_message(message: str) -> str:
+    """jsonargparse's message about a value of the wrong type, in words; others as they are."""
+    message = " ".join(message.split())
+    key = re.match(r'Parser key "([\w.]+)": ', message)
+    wrong = re.search(r"Expected an? (.*?)\. Got value: (.*)$", message)
+    wrong = wrong or re.search(r"Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", message)
+    if key is None or wrong is None:
+        return message
+    if problem := re.search(r"Problem with given class_path '([\w.]+)': (.*?) - ", message):
+        return f"--{key[1]}: {problem[1]}: {problem[2]}"
+    types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", wrong[1])
+    words = [TYPES.get(one, one.strip("'")) for one in types.split(", ")]
+    allowed = dict.fromkeys(word for word in words if not re.search(r"[<\[\]']", word))
+    one_of = "one of: " if len(allowed) > 1 else ""
+    return f"--{key[1]}={wrong[2]} must be {one_of}{', '.join(allowed)}"
 
 
 def wrong_config(argv: list[str], parser: ArgumentParser) -> str:

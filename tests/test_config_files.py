@@ -40,7 +40,7 @@ def test_a_file_is_found_by_its_path_and_wins_over_a_shipped_name(empty, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("lecture/08_residuals", "did you mean lecture/08_residual?"), ("mine.yaml", "that name")],
+    [("lecture/08_residuals", "did you mean lecture/08_residual?"), ("mine.yaml", "configs")],
 )
 def test_an_unknown_name_is_an_error_that_suggests_the_nearest(name, end):
     with pytest.raises(UserError, match=f"^config={name}: no such .*{re.escape(end)}$"):

@@ -184,7 +184,7 @@ def test_a_damaged_archive_is_named(tmp_path, suffix, cut):
         ("a.jsonl", '{"text": "a"}\n\n{"text": b}\n', "line 3: not JSONL (Expecting value)"),
         ("a.jsonl", '{"text": "a"}\n{"id": 1}', "line 2 has no field=text; it has id"),
         ("a.jsonl", '["text"]\n', "line 1 has no field=text"),
-        ("a.jsonl", '{"text": ["a"]}\n', "line 1: field=text is no text but list"),
+        ("a.jsonl", '{"text": ["a"]}\n', "line 1: field=text holds list; only strings are read"),
         ("a.jsonl", "[" * 100_000, "line 1: not JSONL"),
         ("a.csv", "id,title\n1,b\n", "line 2 has no field=text; it has id, title"),
         ("a.csv", "id,text\n1,b\n2\n", "line 3 has no field=text; it has id"),

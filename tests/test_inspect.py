@@ -28,7 +28,7 @@ def test_a_clean_text_is_described_without_a_warning(inspect, tmp_path):
     code, out, _ = inspect(path)
     text = path.read_text("utf-8")
     assert code == 0 and "warning" not in out
-    assert f"{len(text):,} characters, {path.stat().st_size:,} bytes in UTF-8, 400 lines" in out
+    assert f"{len(text):,} characters, {path.stat().st_size:,} bytes in UTF-8, 401 lines" in out
     assert "1 U+03A9 GREEK CAPITAL LETTER OMEGA" in out and "floor" not in out
 
 

@@ -122,7 +122,7 @@ def print_characters(corpus: Corpus, documents: int) -> None:
     counts: Counter[str] = Counter()
     for chunk in corpus.chunks():
         counts.update(chunk)
-    total, lines = counts.total(), counts["\n"]
+    total, lines = counts.total(), counts["\n"] + (not chunk.endswith("\n"))
     in_utf8 = sum(len(c.encode("utf-8", "surrogatepass")) * n for c, n in counts.items())
     print(f"text          {corpus.name}")
     print(

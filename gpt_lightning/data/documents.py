@@ -261,7 +261,7 @@ def _fields(file: TextFile, text: TextIO) -> Iterator[TextIO]:
                 raise corpus_error(file, f", line {number} has no field={file.field}{names}")
             value = row[file.field]
             if not isinstance(value, str | None):
-                kind = f"field={file.field} is no text but {type(value).__name__}"
+                kind = f"field={file.field} holds {type(value).__name__}; only strings are read"
                 raise corpus_error(file, f", line {number}: {kind}")
             yield io.StringIO(value, newline=None)
     except (UserError, UnicodeError):

@@ -7,6 +7,7 @@ import time
 import torch
 
 MIN_BF16_WIDTH = 128  # in narrower models the conversions cost more than faster products save
+MAX_WIDTH = 1024  # that is timed: wider models have about the same ratio
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
@@ -24,6 +25,7 @@ def choose_precision(device: str, n_embd: int) -> tuple[str, str]:
         return "32-true", "the safe choice on this device"
     if n_embd < MIN_BF16_WIDTH:
         return "32-true", "a narrow model"
+    n_embd = min(n_embd, MAX_WIDTH)
     fp32, bf16 = product_seconds(torch.float32, n_embd), product_seconds(torch.bfloat16, n_embd)
     reason = f"matrix products in bf16 take {bf16 / fp32:.2f} of fp32's time here"
     return "bf16-mixed" if fp32 > 1.25 * bf16 else "32-true", reason

@@ -123,8 +123,8 @@ class BestAndLast(Checkpoint):
             self.lock = lock
         except filelock.Timeout:
             raise UserError(
-                f"another process trains in {self.folder.parent}; wait for its end, or choose "
-                "another default_root_dir"
+                f"another process trains in {self.folder.parent}; wait for its end, or start "
+                "a new run"
             ) from None
         except NotImplementedError:  # some network file systems have no locks
             pass
