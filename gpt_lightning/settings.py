@@ -31,22 +31,17 @@ FEWEST_STEPS = 40
 VALIDATION_STEPS = 250
 CORPORA = ("corpus", "val_corpus", "test_corpus", "vocabulary_corpus")  # may be file names
 LIMITED = ("train", "val", "test", "predict")  # --trainer.limit_train_batches, ...
-GUESSES = {  # for flags of other programs
-    "--seed": "; did you mean --seed_everything?",
-    "--seeds": "; `climb` trains with several seeds",
-    "--resume": "; did you mean --ckpt_path=last?",
-    **dict.fromkeys(("--lr", "--learning-rate"), "; did you mean --model.learning_rate?"),
-    **dict.fromkeys(("--gpus", "--devices"), "; did you mean --trainer.devices?"),
-    **dict.fromkeys(
-        ("--epochs", "--max_epochs", "--num_train_epochs"), "; did you mean --trainer.max_epochs?"
-    ),
-    **dict.fromkeys(("--steps", "--max_iters"), "; did you mean --trainer.max_steps?"),
-    **dict.fromkeys(("--data", "--dataset", "--text", "--file"), "; did you mean --data.corpus?"),
-    **dict.fromkeys(
-        ("--batch-size", "--per_device_train_batch_size"), "; did you mean --data.batch_size?"
-    ),
-    "--device": "; did you mean --trainer.accelerator?",
-    **dict.fromkeys(("--output_dir", "--out_dir"), "; did you mean --trainer.default_root_dir?"),
+GUESSES = {  # flags of other programs, and what they are here
+    ("--seed",): "--seed_everything",
+    ("--resume",): "--ckpt_path=last",
+    ("--lr", "--learning-rate"): "--model.learning_rate",
+    ("--gpus", "--devices"): "--trainer.devices",
+    ("--device",): "--trainer.accelerator",
+    ("--epochs", "--max_epochs", "--num_train_epochs"): "--trainer.max_epochs",
+    ("--steps", "--max_iters"): "--trainer.max_steps",
+    ("--data", "--dataset", "--text", "--file"): "--data.corpus",
+    ("--batch-size", "--per_device_train_batch_size"): "--data.batch_size",
+    ("--output_dir", "--out_dir"): "--trainer.default_root_dir",
 }
 TYPES = {  # in words
     "<class 'int'>": "a whole number",
@@ -161,7 +156,10 @@ def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
         flag = arg.split("=")[0].removesuffix("+")
         nested = any(flag.startswith(f"{name}.") for name in known)
         if flag.startswith("--") and flag not in known and not nested:
-            hint = GUESSES.get(flag) or did_you_mean(flag, known)
+            if flag == "--seeds":
+                return "unknown flag --seeds; `climb` trains with several seeds"
+            guess = next((ours for theirs, ours in GUESSES.items() if flag in theirs), None)
+            hint = f"; did you mean {guess}?" if guess else did_you_mean(flag, known)
             return f"unknown flag {flag}{hint}"
     return None
 
