@@ -145,7 +145,8 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(F.relu(self.fc(x)).square())  # (B, T, C)
+        hidden = F.relu(self.fc(x))  # (B, T, 4C)
+        return self.proj(hidden * hidden)  # (B, T, C); autocast on CUDA makes `square` fp32
 
 
 class Block(nn.Module):
