@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a message: a user's mistake."""
+"""The one exception that the command line turns into a message, and checks that raise it."""
 
 import difflib
 import os
@@ -6,6 +6,7 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,6 +15,21 @@ class UserError(ValueError):
     Its message writes settings as `name=value`: `n_embd=130 must be a multiple of n_head=4`. The
     command line shows them as flags, `--model.n_embd=130`; see `with_flags`.
     """
+
+
+def at_least(least: int, **settings: float | None) -> None:
+    """Raise a UserError for a setting below `least`; None is always allowed."""
+    for name, value in settings.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{name}={value} must be at least {least}")
+
+
+def one_of(choices: Iterable[str], **settings: Any) -> None:
+    """Raise a UserError for a setting that is none of `choices`; None is always allowed."""
+    for name, value in settings.items():
+        if value is not None and value not in choices:
+            hint = did_you_mean(str(value).lower(), choices)
+            raise UserError(f"{name}={value} must be one of {', '.join(choices)}{hint}")
 
 
 def with_flags(message: str, flags: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Train every rung of the lecture's ladder with several seeds, and compare the losses.
 
 1. Each (rung, seed) is a run of `fit` in its own folder, OUT/RUNG/seed_N.
-2. The results of a run are read from its last checkpoint and its TensorBoard log.
+2. The results of a run are read from its last checkpoint and its TensorBoard log, if there is one.
 3. A bigram model made by counting, which needs no training, is added below the first rung.
 4. The rows become ladder.md, ladder.csv and ladder.png, and each rung a page that runs its model.
 
@@ -13,8 +13,8 @@ import contextlib
 import csv
 import io
 import json
-import math
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt_lightning.checkpoint import KEY, read_checkpoint
+from gpt_lightning.checkpoint import KEY, read_checkpoint, run_history
 from gpt_lightning.config_files import CONFIGS, load_config
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError
@@ -80,7 +80,7 @@ def climb(argv: list[str]) -> int:
     """The command `climb`; returns its exit code."""
     args, flags = build_parser().parse_known_args(argv)
     for flag in flags:
-        if flag.split("=")[0] in ("--seed_everything", "--ckpt_path"):
+        if flag.split("=")[0] in ("--seed_everything", "--ckpt_path", "--print_config"):
             raise UserError(
                 f"{flag} is not a flag of climb: --seeds gives the seeds, and the same command "
                 "resumes an interrupted climb"
@@ -93,25 +93,33 @@ def climb(argv: list[str]) -> int:
     if args.out.is_file():
         raise UserError(f"--out={args.out} is a file; give a folder")
     rows: list[Row] = []
+    failed = False
     for rung in find_rungs(args.configs, names):
         if not names and rung.stem.endswith("_gpu") and not torch.cuda.is_available():
             print(f"{rung.stem} is skipped: it needs a GPU")
             continue
         row = Row(rung.stem, *title_and_idea(rung))
-        for seed in seeds:
-            folder = args.out / rung.stem / f"seed_{seed}"
-            if code := fit(rung, seed, folder, flags):
-                print("stopped; the same command resumes")
-                return code
-            add_results(row, folder)
-            print(f"{row.title}, seed {seed}: {row.losses[-1]:.4f}", flush=True)
+        try:
+            for seed in seeds:
+                folder = args.out / rung.stem / f"seed_{seed}"
+                if code := fit(rung, seed, folder, flags):
+                    print("stopped; the same command resumes")
+                    return code
+                add_results(row, folder)
+                print(f"{row.title}, seed {seed}: {row.losses[-1]:.4f}", flush=True)
+        except UserError as error:  # such as a loss that diverges
+            if not rows:  # probably a mistake in the flags of all rungs
+                raise
+            print(f"{row.title}, seed {seed}: {error}; the rung is left out", file=sys.stderr)
+            failed = True
+            continue
         rows.append(row)
     if rows:
         last = args.out / rows[0].name / f"seed_{seeds[0]}" / LAST
         data = read_checkpoint(last)[KEY]["settings"]["data"]
         write_pages(rows, args.out, seeds[0])
         write_results([counted_bigram(data), *rows], data["corpus"], args.out)
-    return 0
+    return 2 if failed else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,32 +169,36 @@ def title_and_idea(rung: Path) -> tuple[str, str]:
 def fit(rung: Path, seed: str, folder: Path, flags: list[str]) -> int:
     """Start or resume the run of one rung and seed, unless it is complete; returns an exit code."""
     argv = ["fit", f"--config={rung}", *flags, f"--seed_everything={seed}"]
-    settings, note = [flags, load_config(rung)], folder.with_suffix(".json")
+    run, note = {"flags": flags, "config": load_config(rung)}, folder.with_suffix(".json")
     last = folder / LAST
     if last.exists():
-        if json.loads(note.read_text(encoding="utf-8")) != settings:
+        before = json.loads(note.read_text(encoding="utf-8"))
+        complete = before.pop("complete", False)
+        if before != run:
             raise UserError(f"{folder} has a run with other flags or configs; give another --out")
-        checkpoint = read_checkpoint(last)
-        steps = checkpoint[KEY]["settings"]["trainer"].get("max_steps", math.inf)
-        if checkpoint["global_step"] >= steps:
+        if complete:
             return 0
         argv = ["fit", f"--ckpt_path={last}"]
     else:
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        note.write_text(json.dumps(run, indent=1), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):  # the table is the summary of all runs
-        return run_trainer(argv, folder=folder)
+        code = run_trainer(argv, folder=folder)
+    if code == 0:
+        note.write_text(json.dumps({**run, "complete": True}, indent=1), encoding="utf-8")
+    return code
 
 
 def add_results(row: Row, folder: Path) -> None:
     """Add the results of a complete run to the row of its rung."""
+    history = run_history(read_checkpoint(folder / LAST))
+    row.losses.append(history["val_losses"][-1][1])
+    row.floor = history["floor"]
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     series = {tag: [e.value for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
-    row.losses.append(series["loss/val"][-1])
     row.estimates += series.get("estimate/val", [])[-1:]
     if speeds := series.get("speed/chars_per_second"):  # nothing is logged in a run of a few steps
         row.speeds.append(statistics.median(speeds))
-    row.floor = series.get("loss/floor", [None])[-1]
     if not row.sample:
         generator = TextGenerator.load(folder / LAST, precision="fp32")
         row.parameters = num_parameters(generator.model)

@@ -102,7 +102,9 @@ def test_batches_equal_those_gathered_window_by_window(make, sampling):
 def test_loaders_work_in_a_plain_loop_without_trainer_or_setup(make, tmp_path):
     expected = make()
     data = TextDataModule(str(tmp_path / "text.txt"), block_size=8, batch_size=4)
-    assert same(list(data.train_dataloader()), train(expected, len(data.train_dataloader())))
+    loader = data.train_dataloader()
+    n = len(loader)
+    assert same([*loader, *loader], train(expected, 2 * n))
     assert same(list(data.val_dataloader()), list(expected.val_dataloader()))
 
 
@@ -309,7 +311,26 @@ def test_the_validation_batch_fits_vocabulary_and_device(
     data = make(TEXT * 400, stage="validate", block_size=block_size, batch_size=batch_size)
     data.trainer = trainer_at(device=device)
     data.token_file.tokenizer.vocab_size = vocab_size
-    assert max(count for _, count, _ in data.val_dataloader().batches) == expected
+    assert max(len(starts) for starts, _ in data.val_dataloader().batches) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_of_many_ranks_gets_batches_of_a_short_validation_text(make, device):
+    predicted = []
+    for rank in range(8):
+        data = make(distinct(3000), stage="validate", batch_size=16, rank=rank, world=8)
+        data.trainer.strategy.root_device = torch.device(device)
+        loader = data.val_dataloader()
+        assert len(loader) > 0
+        predicted += [
+            i + 1 for starts, n in loader.batches for s in starts for i in range(s, s + n)
+        ]
+    assert sorted(predicted) == list(range(2701, 3000))
+
+
+def test_more_ranks_than_validation_windows_are_refused(make):
+    with pytest.raises(UserError, match="2 windows, too few for 3 processes"):
+        make(val_fraction=0.01, stage="validate", rank=1, world=3).val_dataloader()
 
 
 @pytest.mark.parametrize("text", ["ab", TEXT[:500]])

@@ -148,6 +148,23 @@ def test_the_same_command_resumes_an_interrupted_climb(monkeypatch, without_gpu)
         assert all(row[key] == table("broken")[name][key] for key in figures)
 
 
+@pytest.mark.parametrize("flags", [["--trainer.max_epochs=1"], ["--trainer.logger=csv"]])
+def test_a_complete_climb_is_not_repeated(flags):
+    for _ in range(2):
+        assert climb("--out=out", "--rungs=1_low", *flags) == 0
+        assert len(losses(table("out")["1_low"])) == 2
+
+
+def test_the_table_has_the_other_rungs_if_one_diverges(rungs, capsys):
+    (rungs / "2_diverges.yaml").write_text(
+        "# Too fast: x.\nbase: 1_low.yaml\nmodel: {learning_rate: 1.0e+38}\n"
+    )
+    assert climb("--out=out", "--rungs=1_low,2_diverges,2_high", "--seeds=1") == 2
+    assert list(table("out")) == ["counted", "1_low", "2_high"]
+    error = capsys.readouterr().err
+    assert "Too fast, seed 1: step" in error and "the rung is left out" in error
+
+
 def test_seeds_can_be_added_and_other_flags_are_an_error(capsys):
     assert climb("--out=out", "--rungs=1_low") == 0
     assert climb("--out=out", "--rungs=1_low", "--seeds=1,2,3") == 0
@@ -168,6 +185,7 @@ def test_seeds_can_be_added_and_other_flags_are_an_error(capsys):
         (["--out=rungs/1_low.yaml"], "--out=rungs/1_low.yaml is a file"),
         (["--seed_everything=3"], "--seed_everything=3 is not a flag of climb: --seeds"),
         (["--ckpt_path=last"], "the same command resumes"),
+        (["--print_config"], "--print_config is not a flag of climb"),
         (["--model.n_lyer=3"], "did you mean --model.n_layer?"),
     ],
 )

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from conftest import perturbed
 
 from gpt_lightning.data.tokenizers import ByteTokenizer, CharTokenizer
-from gpt_lightning.data.windows import exact_batches
 from gpt_lightning.errors import UserError
 from gpt_lightning.generation.generator import TextGenerator
-from gpt_lightning.generation.scoring import predictions, total, windows
+from gpt_lightning.generation.scoring import predictions, total
 from gpt_lightning.model import GPTConfig, build_model
 from gpt_lightning.model.lecture import BigramConfig
 
@@ -60,25 +59,6 @@ def test_characters_and_bytes_are_counted_alike_for_any_tokenizer(tokenizer, tok
     nats = tokens * math.log(tokenizer.vocab_size)
     assert score.nats_per_character == pytest.approx(nats / 3, rel=1e-6)
     assert score.bits_per_byte == pytest.approx(nats / 6 / math.log(2), rel=1e-6)
-
-
-@pytest.mark.parametrize("span", [(0, 203), (3, 4), (5, 9), (5, 14), (5, 30)])
-@pytest.mark.parametrize("stride", [1, 3, 7, 8])
-def test_each_token_is_predicted_once_with_the_context_that_the_stride_promises(span, stride):
-    seen = []
-    for starts, length, skipped in windows(span, 8, stride, 5):
-        for start in starts:
-            assert span[0] <= start and start + length < span[1] and length <= 8
-            for target in range(start + skipped + 1, start + length + 1):
-                assert target - start > min(8 - stride, target - span[0] - 1)
-                seen.append(target)
-    assert seen == list(range(span[0] + 1, span[1]))
-
-
-def test_without_overlap_the_windows_are_those_of_validation():
-    ours = [(s, n) for starts, n, _ in windows((3, 100), 8, 8, 4) for s in starts]
-    batches = exact_batches([(3, 100)], 8, 4)
-    assert ours == [(s + n * i, n) for s, count, n in batches for i in range(count)]
 
 
 @pytest.mark.parametrize("stride", [8, 3, 1])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt_lightning.data.windows import (
     RandomWindows,
     SlidingWindows,
-    exact_batches,
+    exact_windows,
     first_tokens,
     permute,
     split_spans,
@@ -191,22 +191,41 @@ def test_split_partitions_the_text(length, split, fraction, block_size):
 # --- exact batches --------------------------------------------------------------------------------
 
 
-def test_exact_batches_of_a_tiny_text_are_pinned():
+def exact(spans, block_size, stride, batch_size):
+    batches = exact_windows(spans, block_size, stride, batch_size)
+    return [(starts.tolist(), length, skipped) for starts, length, skipped in batches]
+
+
+def test_exact_windows_of_a_tiny_text_are_pinned():
     spans = [(0, 10), (20, 25), (30, 31), (40, 43)]
-    batches = [(0, 2, 4), (8, 1, 1), (20, 1, 4), (40, 1, 2)]
-    assert list(exact_batches(spans, block_size=4, batch_size=3)) == batches
-    assert [*exact_batches([(0, 14)], 4, 2)] == [(0, 2, 4), (8, 1, 4), (12, 1, 1)]
+    batches = [([0, 4], 4, 0), ([8], 1, 0), ([20], 4, 0), ([40], 2, 0)]
+    assert exact(spans, 4, 4, 3) == batches
+    assert exact([(0, 14)], 4, 4, 2) == [([0, 4], 4, 0), ([8], 4, 0), ([12], 1, 0)]
+    assert exact([(0, 10)], 4, 3, 5) == [([0], 4, 0), ([3], 4, 1), ([6], 3, 1)]
 
 
 @quick
 @given(case=some_spans(), batch_size=st.integers(1, 5))
-def test_exact_batches_predict_every_token_but_the_first_of_each_span_once(case, batch_size):
+def test_exact_windows_predict_every_token_but_the_first_of_each_span_once(case, batch_size):
     spans, block_size = case
     predicted = []
-    for start, count, length in exact_batches(spans, block_size, batch_size):
-        assert 1 <= count <= batch_size and 1 <= length <= block_size
-        predicted += range(start + 1, start + 1 + count * length)
+    for starts, length, skipped in exact(spans, block_size, block_size, batch_size):
+        assert 1 <= len(starts) <= batch_size and 1 <= length <= block_size and skipped == 0
+        predicted += [start + 1 + i for start in starts for i in range(length)]
     assert predicted == [i for start, stop in spans for i in range(start + 1, stop)]
+
+
+@pytest.mark.parametrize("span", [(0, 203), (3, 4), (5, 9), (5, 14), (5, 30)])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_each_token_is_predicted_once_with_the_context_that_the_stride_promises(span, stride):
+    seen = []
+    for starts, length, skipped in exact([span], 8, stride, 5):
+        for start in starts:
+            assert span[0] <= start and start + length < span[1] and length <= 8
+            for target in range(start + skipped + 1, start + length + 1):
+                assert target - start > min(8 - stride, target - span[0] - 1)
+                seen.append(target)
+    assert seen == list(range(span[0] + 1, span[1]))
 
 
 @quick

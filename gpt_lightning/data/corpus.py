@@ -95,7 +95,7 @@ class Corpus:
         return (text for _, text in self.counted_chunks(size))
 
     def counted_chunks(self, size: int) -> Iterator[tuple[int, str]]:
-        """The same, and how many documents begin in each piece."""
+        """Pieces as of `chunks`, each with the number of documents that begin in it."""
         documents, parts, length, last = 0, [], 0, ""
         for begins, piece in read_documents(self.files, size):
             if parts and length + len(piece) > size:

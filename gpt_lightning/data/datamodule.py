@@ -17,23 +17,22 @@ from lightning.pytorch import LightningDataModule
 
 from gpt_lightning.data.corpus import Corpus, find_corpus
 from gpt_lightning.data.documents import JSON_LINES, TABLES
-from gpt_lightning.data.tokenizers import KINDS, UNKNOWN, choose
+from gpt_lightning.data.tokenizers import KINDS, UNKNOWN
 from gpt_lightning.data.tokens import TokenFile, TokenizerSettings, floor_of_spans, prepare_tokens
 from gpt_lightning.data.windows import (
     SPLITS,
     RandomWindows,
     SlidingWindows,
     Span,
-    exact_batches,
+    exact_windows,
     first_tokens,
     split_spans,
+    windows_without_gradients,
 )
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, at_least, one_of
 
 SAMPLING = ("sliding", "random")
 BATCHES_AT_ONCE = 64  # window starts are computed for this many batches together
-VAL_TOKENS_CPU, VAL_TOKENS = 1 << 11, 1 << 16  # of a validation batch, on a CPU and on a GPU
-VAL_LOGITS = 1 << 26  # of a validation batch at most: 256 MB in fp32
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: (B, T) token ids each, y one token later
 
@@ -57,7 +56,8 @@ def _named(setting: str) -> Iterator[None]:
 class Loader:
     """An iterable of batches, for a Trainer or a plain loop.
 
-    Subclasses define `places()`: window starts (B,) and window length of each batch of this rank.
+    Subclasses define `batch_starts()`: window starts (B,) and window length of each batch of this
+    rank.
     Lightning uses an iterable that is not a DataLoader as it is.
     """
 
@@ -66,7 +66,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pin = self.data.device_type == "cuda"
-        for starts, length in self.places():
+        for starts, length in self.batch_starts():
             x, y = gather(self.tokens, starts, length)
             yield (x.pin_memory(), y.pin_memory()) if pin else (x, y)
 
@@ -79,12 +79,21 @@ class Loader:
 
 
 class TrainLoader(Loader):
-    """One epoch of training batches, from the trainer's current step on (0 without a trainer)."""
+    """One epoch of training batches, from the trainer's current step on.
 
-    def places(self) -> Iterator[tuple[np.ndarray, int]]:
+    Without a trainer, each iteration is the next epoch.
+    """
+
+    epoch = 0  # without a trainer
+
+    def batch_starts(self) -> Iterator[tuple[np.ndarray, int]]:
         trainer, hparams = self.data.trainer, self.data.hparams
         rank, world_size = self.data.rank_and_world_size
-        batch = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        if trainer:
+            batch = trainer.global_step * trainer.accumulate_grad_batches
+        else:
+            batch = self.epoch * len(self)
+            self.epoch += 1
         within = np.arange(hparams.batch_size) + rank * hparams.batch_size
         for first in range(0, len(self), BATCHES_AT_ONCE):
             batches = batch + np.arange(first, min(first + BATCHES_AT_ONCE, len(self)))
@@ -106,12 +115,20 @@ class ExactLoader(Loader):
     def __init__(self, data: "TextDataModule", batch_size: int):
         super().__init__(data, data.val_ids)
         rank, world_size = data.rank_and_world_size
-        batches = exact_batches(data.val_spans, data.hparams.block_size, batch_size)
-        self.batches = list(batches)[rank::world_size]
+        T = data.hparams.block_size
+        batches = [
+            (starts, length)
+            for starts, length, _ in exact_windows(data.val_spans, T, T, batch_size)
+        ]
+        if len(batches) < world_size:
+            raise UserError(
+                f"block_size={T} cuts the validation text into {len(batches)} windows, too few for "
+                f"{world_size} processes; use fewer, or a smaller block_size"
+            )
+        self.batches = batches[rank::world_size]
 
-    def places(self) -> Iterator[tuple[np.ndarray, int]]:
-        for start, count, length in self.batches:
-            yield start + length * np.arange(count), length
+    def batch_starts(self) -> Iterator[tuple[np.ndarray, int]]:
+        yield from self.batches
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -196,22 +213,14 @@ class TextDataModule(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        choose("tokenizer", tokenizer, KINDS)
-        choose("sampling", sampling, SAMPLING)
-        choose("split", split, SPLITS)
-        if unknown is not None:
-            choose("unknown", unknown, UNKNOWN)
-        for field, value, least in (
-            ("block_size", block_size, 1),
-            ("batch_size", batch_size, 1),
-            ("stride", stride, 1),
-            ("min_count", min_count, 1),
-            ("max_vocab_size", max_vocab_size, 1),
-            ("overfit_batches", overfit_batches, 0),
-            ("max_val_tokens", max_val_tokens, block_size + 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{field}={value} must be at least {least}")
+        one_of(KINDS, tokenizer=tokenizer)
+        one_of(SAMPLING, sampling=sampling)
+        one_of(SPLITS, split=split)
+        one_of(UNKNOWN, unknown=unknown)
+        at_least(1, block_size=block_size, batch_size=batch_size, stride=stride)
+        at_least(1, min_count=min_count, max_vocab_size=max_vocab_size)
+        at_least(0, overfit_batches=overfit_batches)
+        at_least(block_size + 1, max_val_tokens=max_val_tokens)
         if not 0 < val_fraction <= 1:
             raise UserError(f"val_fraction={val_fraction} must be above 0 and at most 1")
         self.token_file: TokenFile | None = None
@@ -332,10 +341,9 @@ class TextDataModule(LightningDataModule):
     def _exact_loader(self, stage: str) -> ExactLoader:
         self.setup(stage)
         T, B = self.hparams.block_size, self.hparams.batch_size
-        # Without gradients a batch needs less memory; the logits (B, T, V) bound it.
-        tokens = VAL_TOKENS_CPU if self.device_type == "cpu" else VAL_TOKENS
-        tokens = min(tokens, VAL_LOGITS // self.vocab_size)
-        return ExactLoader(self, max(B, min(16 * B, tokens // T)))
+        most = min(16 * B, windows_without_gradients(T, self.vocab_size, self.device_type))
+        share = self.val_tokens // T // self.rank_and_world_size[1]  # of each process
+        return ExactLoader(self, max(1, min(max(B, most), share)))
 
     # --- what the rest of the package asks --------------------------------------------------------
 
@@ -360,8 +368,7 @@ class TextDataModule(LightningDataModule):
     @property
     def val_floor(self) -> float | None:
         """Nats per character that no model can beat on the validation text, if known."""
-        hp = self.hparams
-        if hp.min_count > 1 or hp.unknown in ("drop", "replace"):
+        if self.val_file.unknown:  # characters were replaced or dropped: it is another text
             return None
         return floor_of_spans(self.val_text, self.tokenizer, self.val_ids, self.val_spans)
 

@@ -8,12 +8,12 @@ checkpoint may come from anyone, so every constructor checks its vocabulary.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
 
-from gpt_lightning.errors import UserError, did_you_mean
+from gpt_lightning.errors import UserError, one_of
 
 KINDS = ("char", "byte", "word", "bpe")
 UNKNOWN = ("error", "drop", "replace")
@@ -46,14 +46,6 @@ class Tokenizer(Protocol):
 
     def state(self) -> dict:
         """Plain types, from which `tokenizer_from_state` makes the tokenizer again."""
-
-
-def choose(field: str, value: str, choices: Sequence[str]) -> str:
-    """`value` if it is one of `choices`, else a UserError that suggests the nearest."""
-    if value in choices:
-        return value
-    hint = did_you_mean(str(value).lower(), choices)
-    raise UserError(f"{field}={value!r} must be one of {', '.join(choices)}{hint}")
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -97,7 +89,8 @@ class CharTokenizer:
             shown = str(vocabulary)[:60]
             raise UserError(f"vocabulary={shown!r} must be a string of distinct characters")
         self.vocabulary = vocabulary
-        self.unknown = choose("unknown", unknown, UNKNOWN)
+        one_of(UNKNOWN, unknown=unknown)
+        self.unknown = unknown
         self.vocab_size = len(vocabulary)
         self.dtype = np.min_scalar_type(self.vocab_size - 1)
         self._codes = _code_points(vocabulary)
@@ -207,6 +200,8 @@ def tokenizer_from_state(state: dict, unknown: str = "error") -> Tokenizer:
 
 
 def count_unknown(text: str, tokenizer: Tokenizer) -> int:
-    """The number of characters of `text` that are not in the vocabulary."""
+    """The number of characters of `text` that `tokenizer` replaces or drops."""
+    if getattr(tokenizer, "unknown", "error") == "error":
+        return 0
     known = tokenizer_from_state(tokenizer.state(), "drop")
     return len(text) - known.count_characters(known.encode(text))

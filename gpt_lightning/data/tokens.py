@@ -183,12 +183,11 @@ def _encode(
 
     A word is cut where a piece of the text ends, which is once in `PIECE` characters.
     """
-    skips = getattr(tokenizer, "unknown", "error") != "error"
     with write_atomically(path) as file:
         documents = characters = unknown = 0
         for begun, chunk in corpus.counted_chunks(PIECE):
             documents, characters = documents + begun, characters + len(chunk)
-            unknown += count_unknown(chunk, tokenizer) if skips else 0
+            unknown += count_unknown(chunk, tokenizer)
             try:
                 file.write(tokenizer.encode(chunk).data)
             except UserError as error:
@@ -201,8 +200,14 @@ def _encode(
         with write_atomically(path.with_suffix(".json")) as state_file:
             counts |= {"documents": documents, "characters": characters, "unknown": unknown}
             entry = {"tokenizer": tokenizer.state(), "counts": counts}
-            entry |= {"corpus": corpus.name, "sha256": digest}  # for `_remove_old`
+            entry |= {"source": _source(corpus), "sha256": digest}  # for `_remove_old`
             state_file.write(json.dumps(entry).encode())
+
+
+def _source(corpus: Corpus) -> list:
+    """Name of a corpus and how its files are read, in types of JSON."""
+    how = {(file.encoding, file.field or "") for file in corpus.files}
+    return [corpus.name, corpus.separator, *map(list, sorted(how))]
 
 
 def _remove_old(new: Path, corpus: Corpus, digest: str) -> None:
@@ -216,7 +221,7 @@ def _remove_old(new: Path, corpus: Corpus, digest: str) -> None:
         for path in sorted(paths, key=lambda p: (p == new, p.stat().st_mtime), reverse=True):
             state = path.with_suffix(".json")
             entry = json.loads(state.read_bytes())
-            outdated = entry.get("corpus") == corpus.name and entry.get("sha256") != digest
+            outdated = entry.get("source") == _source(corpus) and entry.get("sha256") != digest
             size = path.stat().st_size
             if outdated or (kept and kept + size > MAX_CACHE):
                 path.unlink()

@@ -14,6 +14,9 @@ import numpy as np
 
 Span = tuple[int, int]  # tokens [start, stop) of one uninterrupted piece of text
 SPLITS = ("tail", "blocks")
+# Without gradients, on a CPU and on a GPU
+TOKENS_CPU, TOKENS_GPU = 1 << 11, 1 << 16  # of a batch
+LOGITS = 1 << 26  # of a batch at most: 256 MB in fp32
 
 
 def _hash64(*keys: int | np.ndarray) -> np.ndarray:
@@ -172,17 +175,30 @@ def first_tokens(spans: list[Span], most: int) -> list[Span]:
     return kept
 
 
-def exact_batches(
-    spans: list[Span], block_size: int, batch_size: int
-) -> Iterator[tuple[int, int, int]]:
-    """Adjacent windows that predict each token of each span, except its first, exactly once.
+def exact_windows(
+    spans: list[Span], block_size: int, stride: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Windows that together predict each token of each span, except its first, exactly once.
 
-    Yields for each batch its first token, number of windows, and window length. The last window of
-    a span may be shorter than `block_size`; it is a batch of its own.
+    They do not overlap with a stride of `block_size`. The last window of a span may be shorter; it
+    is a batch of its own.
+
+    Yields for each batch the first token of each window (B,), the length T of the windows, and the
+    number of their first predictions that an earlier window has already made.
     """
     for start, stop in spans:
-        while (targets := stop - start - 1) > 0:
-            length = min(block_size, targets)
-            count = min(batch_size, targets // length)
-            yield start, count, length
-            start += count * length
+        targets, done = stop - start - 1, 0
+        while done < targets:
+            overlap = min(block_size - stride, done)
+            length = min(block_size, overlap + targets - done)
+            new = length - overlap
+            alone = done == 0 and stride < block_size  # only the first window has no overlap
+            count = 1 if alone else min(batch_size, (targets - done) // new)
+            yield start + done - overlap + new * np.arange(count), length, overlap
+            done += count * new
+
+
+def windows_without_gradients(block_size: int, vocab_size: int, device_type: str) -> int:
+    """How many windows to compute at once: the logits (B, T, V) need the most memory."""
+    tokens = TOKENS_CPU if device_type == "cpu" else TOKENS_GPU
+    return max(1, min(tokens, LOGITS // vocab_size) // block_size)

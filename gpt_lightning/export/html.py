@@ -20,7 +20,7 @@ from torch import nn
 from gpt_lightning.checkpoint import COMMAND, KEY, quoted, run_history
 from gpt_lightning.data.bpe import BYTE_CHARACTERS
 from gpt_lightning.data.tokenizers import Tokenizer
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, one_of
 from gpt_lightning.files import write_atomically
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import NOT_FINITE
@@ -78,8 +78,7 @@ def export_html(
             damaged history.
         OSError: if the file cannot be written.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
+    one_of(PRECISIONS, precision=precision)
     generator = TextGenerator.from_checkpoint(checkpoint, path, precision="fp32")
     entry = checkpoint[KEY]
     tensors, weights = pack(generator.model, precision)

@@ -16,7 +16,7 @@ from torch import nn
 
 from gpt_lightning.checkpoint import KEY, ONNX, model_and_tokenizer, read_checkpoint
 from gpt_lightning.data.tokenizers import CharTokenizer, Tokenizer
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, at_least
 from gpt_lightning.generation.onnx_model import load_onnx
 from gpt_lightning.generation.quantize import quantize
 from gpt_lightning.generation.sampling import NOT_FINITE, Sampling
@@ -174,9 +174,7 @@ class TextGenerator:
             UserError: for an unknown character in `prompt` or `stop`, a setting out of range, a
                 model whose logits are not finite, or if all tokens are banned.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+        at_least(1, max_new_tokens=max_new_tokens, num_samples=num_samples)
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed} must be 0 or more and below 2**63")
         stop, ban = ([given] if isinstance(given, str) else given for given in (stop, ban))

@@ -8,13 +8,13 @@ Legend: B rows, K input channels, N output channels.
 """
 
 import copy
-import time
+import timeit
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, one_of
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 LARGE = 2_000_000  # weights of linear layers; below, reading them is a small part of the time
@@ -56,8 +56,7 @@ def quantize(model: nn.Module, precision: str) -> nn.Module:
         UserError: for an unknown precision, or int8 on another device than a CPU.
     """
     device = next(model.parameters()).device.type
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
+    one_of(PRECISIONS, precision=precision)
     if precision == "int8" and device != "cpu":
         raise UserError(f"precision=int8 is for a CPU, not for device={device}; choose bf16")
     if precision == "auto":
@@ -82,9 +81,4 @@ def quantize(model: nn.Module, precision: str) -> nn.Module:
 def token_seconds(model: nn.Module) -> float:
     """Seconds that the model takes for one token, the fastest of ten measurements."""
     ids = torch.zeros(1, 1, dtype=torch.long)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        model(ids)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: model(ids), number=1, repeat=10))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, at_least
 
 NOT_FINITE = (
     "the model's logits are not finite numbers: its training diverged; train again with a lower "
@@ -46,8 +46,7 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature={self.temperature} must be 0 or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be at least 1")
+        at_least(1, top_k=self.top_k)
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

@@ -17,12 +17,9 @@ import torch
 from torch import nn
 
 from gpt_lightning.data.tokenizers import Tokenizer
-from gpt_lightning.data.windows import Span
-from gpt_lightning.errors import UserError
+from gpt_lightning.data.windows import Span, exact_windows, windows_without_gradients
+from gpt_lightning.errors import UserError, at_least
 from gpt_lightning.generation.sampling import NOT_FINITE
-
-TOKENS_CPU, TOKENS_GPU = 1 << 11, 1 << 16  # of a batch
-LOGITS = 1 << 26  # of a batch at most: 256 MB in fp32
 
 
 class Piece(NamedTuple):
@@ -67,26 +64,6 @@ class Score:
         return math.exp(self.nats / self.tokens)
 
 
-def windows(
-    span: Span, block_size: int, stride: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Windows that together predict each token of a span, except its first, exactly once.
-
-    Yields for each batch the first token of each window (B,), the length T of the windows, and the
-    number of their first predictions that an earlier window has already made.
-    """
-    start, stop = span
-    targets, overlap = stop - start - 1, block_size - stride
-    done = min(block_size, targets)
-    if done > 0:
-        yield np.array([start]), done, 0
-    while done < targets:
-        length = min(block_size, overlap + targets - done)
-        count = min(batch_size, (targets - done) // (length - overlap))
-        yield start + done - overlap + stride * np.arange(count), length, overlap
-        done += count * (length - overlap)
-
-
 @torch.inference_mode()
 def predictions(
     model: nn.Module,
@@ -113,21 +90,18 @@ def predictions(
     if not 1 <= stride <= block_size:
         raise UserError(f"stride={stride} must be from 1 to the model's block_size={block_size}")
     if batch_size is None:
-        tokens = TOKENS_CPU if device.type == "cpu" else TOKENS_GPU
-        batch_size = max(1, min(tokens, LOGITS // config.vocab_size) // block_size)
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1")
-    for span in spans:
-        for starts, length, skipped in windows(span, block_size, stride, batch_size):
-            block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-            x = torch.from_numpy(block[:, :-1]).to(device)
-            targets = block[:, skipped + 1 :].ravel()  # (N,)
-            log_probs = model(x)[:, skipped:].flatten(0, 1).float().log_softmax(dim=-1)  # (N, V)
-            y = torch.from_numpy(targets).to(device)
-            nats = -log_probs.gather(1, y[:, None])[:, 0].cpu().numpy()
-            if not np.isfinite(nats).all():
-                raise UserError(NOT_FINITE)
-            yield Piece(targets, nats, log_probs)
+        batch_size = windows_without_gradients(block_size, config.vocab_size, device.type)
+    at_least(1, batch_size=batch_size)
+    for starts, length, skipped in exact_windows(spans, block_size, stride, batch_size):
+        block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+        x = torch.from_numpy(block[:, :-1]).to(device)
+        targets = block[:, skipped + 1 :].ravel()  # (N,)
+        log_probs = model(x)[:, skipped:].flatten(0, 1).float().log_softmax(dim=-1)  # (N, V)
+        y = torch.from_numpy(targets).to(device)
+        nats = -log_probs.gather(1, y[:, None])[:, 0].cpu().numpy()
+        if not np.isfinite(nats).all():
+            raise UserError(NOT_FINITE)
+        yield Piece(targets, nats, log_probs)
 
 
 def total(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Score:

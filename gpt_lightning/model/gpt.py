@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, at_least
 from gpt_lightning.model.attention import MAX_BLOCK_SIZE, KVCache, causal_attention
 
 # Largest numbers of rows of the n-gram embeddings; n-grams share rows beyond that. Those of longer
@@ -36,8 +36,9 @@ class GPTConfig:
         dropout: fraction of the channels that is dropped in training from what each layer adds to
             the residual stream, the same channels at all positions of a window.
         n_gram: length of the longest n-grams that have embeddings, from 2 to 16.
-        ngram_base: base of the numbers that n-grams are; 0: vocab_size. A model whose vocabulary
-            has grown keeps the base of its first vocabulary, so that n-grams keep their rows.
+        ngram_base: an n-gram is a number whose digits in this base are its tokens; 0: vocab_size.
+            A model whose vocabulary has grown keeps the base of its first vocabulary, so that
+            n-grams keep their rows.
         multi_token_heads: number of extra heads that predict further tokens after the next one,
             in training only (Gloeckle et al. 2024, "Better & Faster Large Language Models via
             Multi-token Prediction").
@@ -61,12 +62,9 @@ class GPTConfig:
     block_size: int = 0
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("ngram_base", "multi_token_heads", "vocab_size", "block_size"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        at_least(1, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+        at_least(0, ngram_base=self.ngram_base, multi_token_heads=self.multi_token_heads)
+        at_least(0, vocab_size=self.vocab_size, block_size=self.block_size)
         if self.block_size > MAX_BLOCK_SIZE:
             raise UserError(f"block_size={self.block_size} must be at most {MAX_BLOCK_SIZE}")
         if not 2 <= self.n_gram <= 16:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, at_least, one_of
 from gpt_lightning.model.attention import MAX_BLOCK_SIZE, KVCache, causal_attention
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -77,12 +77,9 @@ class LectureConfig:
     block_size: int = 0
 
     def __post_init__(self):
-        for name in ("n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("n_layer", "ffwd", "vocab_size", "block_size"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        at_least(1, n_head=self.n_head, n_embd=self.n_embd)
+        at_least(0, n_layer=self.n_layer, ffwd=self.ffwd)
+        at_least(0, vocab_size=self.vocab_size, block_size=self.block_size)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.ffwd > 1 and not self.proj:
@@ -92,9 +89,7 @@ class LectureConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.activation not in ACTIVATIONS:
-            names = ", ".join(ACTIVATIONS)
-            raise UserError(f"activation={self.activation} must be one of {names}")
+        one_of(ACTIVATIONS, activation=self.activation)
         check_init_std(self.init_std)
 
 
@@ -115,9 +110,7 @@ class BigramConfig:
     block_size: int = 0
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        at_least(0, vocab_size=self.vocab_size, block_size=self.block_size)
         if self.block_size > MAX_BLOCK_SIZE:
             raise UserError(f"block_size={self.block_size} must be at most {MAX_BLOCK_SIZE}")
         check_init_std(self.init_std)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import at_least
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.training.saving import find_keeper, optimizer_step_done
@@ -206,10 +206,8 @@ class GenerateText(Callback):
         top_k: int | None = None,
         seed: int = 1337,
     ):
-        if every_n_steps is not None and every_n_steps < 0:
-            raise UserError(f"every_n_steps={every_n_steps} must be 0 or more")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        at_least(0, every_n_steps=every_n_steps)
+        at_least(1, max_new_tokens=max_new_tokens)
         self.every_n_steps, self.prompt = every_n_steps, prompt
         sampling = Sampling(temperature, top_k)
         self.settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}

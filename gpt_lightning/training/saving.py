@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.checkpoint import read_checkpoint
-from gpt_lightning.errors import UserError
+from gpt_lightning.errors import UserError, at_least
 from gpt_lightning.files import unused, write_atomically
 
 
@@ -78,8 +78,7 @@ class BestAndLast(Checkpoint):
     """
 
     def __init__(self, every_n_train_steps: int = 300, folder: Path | None = None):
-        if every_n_train_steps < 0:
-            raise UserError(f"every_n_train_steps={every_n_train_steps} must be 0 or more")
+        at_least(0, every_n_train_steps=every_n_train_steps)
         self.every_n_train_steps = every_n_train_steps
         self.best_val_loss, self.best_step = math.inf, 0
         self.folder = folder
@@ -215,8 +214,8 @@ class BestAndLast(Checkpoint):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         step, every = trainer.global_step, self.every_n_train_steps
-        step_done = batch_idx % trainer.accumulate_grad_batches == 0
-        if not step_done or step == self.saved_step:
+        step_begins = batch_idx % trainer.accumulate_grad_batches == 0
+        if not step_begins or step == self.saved_step:
             return
         stop = self.stop_requested(trainer)
         if stop or (every and step % every == 0):
