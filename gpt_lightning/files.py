@@ -20,8 +20,8 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that replaces `path` in one step when the block ends without an error.
 
     `path` is always the complete old file or the complete new one, even after a power cut.
-    Callers hold a lock: the temporary file beside it has a fixed name, so that the next writer
-    overwrites what a killed one left.
+    The temporary file beside it has a fixed name, so that the next writer overwrites what a killed
+    one left. Two writers of one path at a time need a lock.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")

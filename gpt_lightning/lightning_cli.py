@@ -75,7 +75,7 @@ from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import Introduction, closing_table
-from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted, find_keeper
+from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted, find_best_and_last
 
 # How CUDA, ROCm, Intel's and Apple's GPUs, cuBLAS, cuDNN and the CPU say that memory is short.
 OUT_OF_MEMORY = (
@@ -319,7 +319,7 @@ def build_trainer(
 def own_callbacks(
     command: str, settings: Settings, precision_reason: str, folder: Path | None
 ) -> list[Callback]:
-    """Ours; the module adds `TrainingMetrics`."""
+    """The callbacks that the command adds. `GPTModule` adds `TrainingMetrics`."""
     callbacks: list[Callback] = []
     barebones = settings["trainer"].get("barebones", False)
     if settings["trainer"].get("enable_progress_bar", not barebones):
@@ -389,7 +389,7 @@ def execute(run: Run) -> int:
 
 def fit(run: Run) -> None:
     trainer, module, data = run.trainer, run.module, run.data
-    keeper = find_keeper(trainer)
+    keeper = find_best_and_last(trainer)
     check_prompt(run)
     if keeper is not None and trainer.is_global_zero:
         keeper.claim()  # before the Trainer opens the loggers, which write there

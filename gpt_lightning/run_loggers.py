@@ -1,4 +1,4 @@
-"""The loggers of a run. A resumed run goes on in the same place, with any logger."""
+"""The loggers of a run. A resumed run continues in the same place, with any logger."""
 
 import csv
 import inspect

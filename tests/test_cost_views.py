@@ -22,7 +22,7 @@ def costs_of(tokenizer, text=TEXT, spans=None):
     ids = tokenizer.encode(text)
     spans = spans or [(0, len(ids))]
     costs = TokenCosts(tokenizer, ids, spans)
-    list(costs.kept(predictions(model, ids, spans)))
+    list(costs.record(predictions(model, ids, spans)))
     return costs
 
 

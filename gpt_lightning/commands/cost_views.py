@@ -25,7 +25,7 @@ class Cell:
     """A part of the text that is whole tokens and whole characters: a character, or a word.
 
     Args:
-        text: of it.
+        text: the decoded part.
         nats: its cost, without that of a token that is not predicted.
         predicted: whether all of it is predicted.
         likeliest: the most probable tokens in place of its first one, each with its probability.
@@ -43,7 +43,7 @@ class Cell:
 
 
 class TokenCosts:
-    """The cost of each token of a text, kept while its spans are scored.
+    """The cost of each token of a text, recorded while its spans are scored.
 
     The first token of each span is not predicted.
     """
@@ -54,8 +54,8 @@ class TokenCosts:
         self.nats: list[np.ndarray] = []
         self.likeliest: list[list[tuple[str, float]]] = []  # of the first SHOWN tokens
 
-    def kept(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces; their costs are kept."""
+    def record(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Yield the pieces and record their costs."""
         for piece in pieces:
             self.nats.append(piece.nats)
             first = piece.log_probs[: SHOWN - len(self.likeliest)]

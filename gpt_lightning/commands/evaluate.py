@@ -152,7 +152,7 @@ def score_checkpoint(which: str, typed: str | None, args: Namespace) -> Result:
         spans = held_out_spans(entry["corpus"], how, len(ids), block_size)
     costs = TokenCosts(tokenizer, ids, spans)
     pieces = predictions(model.to(device), ids, spans, args.stride, args.batch_size)
-    score = total(costs.kept(pieces), tokenizer)
+    score = total(costs.record(pieces), tokenizer)
     has_floor = corpus is not None and not unknown_characters
     stride = args.stride or block_size
     figures = {

@@ -11,7 +11,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 class PastKeyValues:
-    """Is used as `KVCache` is. The whole window begins at position 0.
+    """Takes the place of `KVCache`. The whole window begins at position 0.
 
     Args:
         length: P, the number of tokens whose keys and values are known.

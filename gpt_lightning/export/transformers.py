@@ -1,7 +1,7 @@
 """A model as a folder that transformers loads; the lecture's model is a GPT2LMHeadModel.
 
 `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` then need
-neither this package nor remote code.
+neither this package nor remote code. Those of the default GPT need `transformers_model`.
 
 Legend: V vocabulary, C channels.
 """

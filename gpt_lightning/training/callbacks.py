@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from gpt_lightning.errors import at_least
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
-from gpt_lightning.training.saving import find_keeper, optimizer_step_done
+from gpt_lightning.training.saving import find_best_and_last, optimizer_step_done
 
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
 CHARTS = {"loss": {"nats per character": ["Multiline", ["loss/train", "loss/val$", "loss/floor"]]}}
@@ -146,7 +146,7 @@ class TrainingMetrics(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()
-        keeper = find_keeper(trainer)
+        keeper = find_best_and_last(trainer)
         if keeper is not None and keeper.best_val_loss < math.inf:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

@@ -17,7 +17,7 @@ from gpt_lightning.files import unused
 from gpt_lightning.model import num_parameters
 from gpt_lightning.training.callbacks import TrainingMetrics
 from gpt_lightning.training.module import GPTModule
-from gpt_lightning.training.saving import BestAndLast, find_keeper
+from gpt_lightning.training.saving import BestAndLast, find_best_and_last
 
 MANY_ONCE = 100  # characters that occur once, from which a line suggests a smaller vocabulary
 NOTICEABLE = 0.01  # nats by which a validation loss must change to be reported
@@ -119,7 +119,7 @@ def closing_table(
     trainer: Trainer, module: GPTModule, data: TextDataModule, seconds: float, first_step: int
 ) -> str:
     """The results of a `fit` that took `seconds` and resumed from `first_step`, and next steps."""
-    metrics, steps, keeper = trainer.callback_metrics, trainer.global_step, find_keeper(trainer)
+    metrics, steps, keeper = trainer.callback_metrics, trainer.global_step, find_best_and_last(trainer)
     windows = steps * data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     seen, epochs = windows * data.hparams.block_size, windows / len(data.windows)
     unit = "characters" if data.tokenizer.kind == "char" else "tokens"

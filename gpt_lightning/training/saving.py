@@ -241,6 +241,6 @@ class BestAndLast(Checkpoint):
             self.saved_step = trainer.global_step
 
 
-def find_keeper(trainer: Trainer) -> BestAndLast | None:
+def find_best_and_last(trainer: Trainer) -> BestAndLast | None:
     """The Trainer's `BestAndLast`, if it has one."""
     return next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
