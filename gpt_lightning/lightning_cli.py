@@ -75,7 +75,12 @@ from gpt_lightning.training.hardware import choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import Introduction, closing_table
-from gpt_lightning.training.saving import AtomicCheckpointIO, BestAndLast, Interrupted, find_best_and_last
+from gpt_lightning.training.saving import (
+    AtomicCheckpointIO,
+    BestAndLast,
+    Interrupted,
+    find_best_and_last,
+)
 
 # How CUDA, ROCm, Intel's and Apple's GPUs, cuBLAS, cuDNN and the CPU say that memory is short.
 OUT_OF_MEMORY = (

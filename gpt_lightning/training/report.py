@@ -119,7 +119,8 @@ def closing_table(
     trainer: Trainer, module: GPTModule, data: TextDataModule, seconds: float, first_step: int
 ) -> str:
     """The results of a `fit` that took `seconds` and resumed from `first_step`, and next steps."""
-    metrics, steps, keeper = trainer.callback_metrics, trainer.global_step, find_best_and_last(trainer)
+    metrics, steps = trainer.callback_metrics, trainer.global_step
+    keeper = find_best_and_last(trainer)
     windows = steps * data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     seen, epochs = windows * data.hparams.block_size, windows / len(data.windows)
     unit = "characters" if data.tokenizer.kind == "char" else "tokens"
