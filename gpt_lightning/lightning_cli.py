@@ -9,6 +9,7 @@
 
 import errno
 import logging
+import math
 import os
 import re
 import sys
@@ -71,7 +72,7 @@ from gpt_lightning.training.callbacks import (
     RunProgressBar,
     validation_line,
 )
-from gpt_lightning.training.hardware import choose_precision
+from gpt_lightning.training.hardware import choose_compile, choose_precision
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.report import Introduction, closing_table
@@ -205,6 +206,7 @@ def build(
     data.prepare_data()
     data.setup(command if command in ("fit", "test") else "validate")
     module = build_module(settings["model"], data, seed)
+    compile_given = "compile" in settings["model"]
     settings["data"] = {k: v for k, v in data.hparams.items() if k != "seed"}
     settings["model"] = module.settings()["model"]
     given, barebones = set(settings["trainer"]), settings["trainer"].get("barebones", False)
@@ -230,6 +232,12 @@ def build(
         if options.get("precision") is None:
             width = getattr(module.config, "n_embd", 0)
             options["precision"], reason = choose_precision(device, width)
+        if not compile_given and world_size == 1:
+            steps = changes["max_steps"] if changes["max_steps"] > 0 else math.inf
+            batches = steps * (options.get("accumulate_grad_batches") or 1)
+            tokens = batches * data.hparams.batch_size * data.hparams.block_size
+            chosen = choose_compile(device, module.config, tokens)
+            settings["model"]["compile"] = module.hparams["compile"] = chosen
         if not (options.get("fast_dev_run") or barebones):
             if path is not None and path.parent.name == "checkpoints":
                 folder = path.parent.parent

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run
+from conftest import TEXT, TINY, run
 
-from gpt_lightning import TextGenerator
+from gpt_lightning import TextGenerator, lightning_cli
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -328,6 +328,21 @@ def test_the_last_step_of_a_run_measured_in_epochs_is_validated(empty, capsys):
     assert re.findall(r"^step (\d+)  train", out, re.M) == ["30", "44", "60", "66"]
     losses = re.findall(r"^step (?:44|66)  .* val (.*?) nats", out, re.M)
     assert re.findall(r"^final val loss  +(.*?) nats", out, re.M) == losses
+
+
+def test_compiling_is_chosen_for_a_new_run_by_its_tokens_and_kept_on_resume(empty, monkeypatch):
+    def choose(device, config, tokens):
+        asked.append(tokens)
+        return False
+
+    asked = []
+    Path("text.txt").write_text(TEXT)
+    monkeypatch.setattr(lightning_cli, "choose_compile", choose)
+    assert run("fit", *TINY, "--trainer.accumulate_grad_batches=2") == 0
+    assert asked == [4 * 2 * 4 * 8]  # steps, accumulation, batch_size, block_size
+    assert run("fit", "--ckpt_path=last", "--trainer.max_steps=6") == 0
+    assert run("fit", *TINY, "--model.compile=false") == 0
+    assert len(asked) == 1
 
 
 def test_fast_dev_run_leaves_nothing_behind(empty):

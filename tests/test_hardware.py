@@ -1,5 +1,6 @@
 """The choice of a precision, and memory that glibc keeps."""
 
+import math
 import os
 import platform
 import subprocess
@@ -8,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from gpt_lightning.model import BigramConfig, GPTConfig
 from gpt_lightning.training import hardware
-from gpt_lightning.training.hardware import MIN_BF16_WIDTH, choose_precision
+from gpt_lightning.training.hardware import MIN_BF16_WIDTH, choose_compile, choose_precision
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,30 @@ def test_all_else_is_chosen_without_a_measurement(monkeypatch, device, native, e
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(hardware, "product_seconds", lambda *_: pytest.fail("measured"))
     assert choose_precision(device, MIN_BF16_WIDTH - 1)[0] == expected
+
+
+BIG = GPTConfig(n_layer=6, n_embd=384)
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "tokens", "expected"),
+    [
+        ("cuda", BIG, 5e7, True),
+        ("cuda", BIG, 4e7, False),  # compiling takes longer than it saves
+        ("cuda", BIG, math.inf, True),
+        ("cuda", BigramConfig(), 1e15, False),
+        ("cpu", BIG, 1e15, False),
+    ],
+)
+def test_long_runs_on_a_cuda_gpu_are_compiled(monkeypatch, device, config, tokens, expected):
+    monkeypatch.setattr(hardware, "compiler_fault", lambda device: "")
+    assert choose_compile(device, config, tokens) is expected
+
+
+def test_without_a_compiler_a_long_run_is_not_compiled_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "compiler_fault", lambda device: "no compiler")
+    assert not choose_compile("cuda", BIG, 1e15)
+    assert capsys.readouterr().err == "not compiled: no compiler\n"
 
 
 COUNT_PAGE_FAULTS = """

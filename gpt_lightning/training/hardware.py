@@ -1,13 +1,19 @@
-"""Settings that depend on the hardware: training precision, and the C library's memory."""
+"""What depends on the hardware: precision, compilation, and the C library's memory."""
 
 import ctypes
 import platform
+import sys
 import timeit
 
 import torch
 
+from gpt_lightning.model import ModelConfig
+
 MIN_BF16_WIDTH = 128  # in narrower models the conversions cost more than faster products save
 MAX_WIDTH = 1024  # that is timed: wider models have about the same ratio
+# On an H200, compiling takes 15 to 20 s. For each activation (one channel of one layer for one
+# token), a compiled step takes 0.27 ns less: docs/benchmarks.md#gpu.
+COMPILE_FROM = 1e11  # activations in a run
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
@@ -36,6 +42,33 @@ def product_seconds(dtype: torch.dtype, n_embd: int) -> float:
     x = torch.ones(1024, n_embd, dtype=dtype)
     w = torch.ones(n_embd, 4 * n_embd, dtype=dtype)
     return min(timeit.repeat(lambda: x @ w, number=1, repeat=10))
+
+
+def choose_compile(device: str, config: ModelConfig, tokens: float) -> bool:
+    """Whether compiling saves more time than it takes, in a run that reads so many `tokens`.
+
+    The answer depends on sizes alone, not on a measurement, so that a repeated run is the same.
+    """
+    activations = tokens * getattr(config, "n_layer", 0) * getattr(config, "n_embd", 0)
+    if device != "cuda" or activations < COMPILE_FROM:
+        return False
+    fault = compiler_fault(torch.device(device))
+    if fault:
+        print(f"not compiled: {fault}", file=sys.stderr)
+    return not fault
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Why torch.compile cannot compile a sum, most often because a compiler is missing; or ""."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch raises many types here, which are private
+        reason = str(error).partition("\n")[0]
+        return (
+            f"torch.compile does not work on this machine ({reason}); it needs a C++ compiler, and "
+            "Triton for a GPU"
+        )
+    return ""
 
 
 def keep_freed_memory() -> None:

@@ -26,7 +26,7 @@ from gpt_lightning.model import (
     config_to_dict,
 )
 from gpt_lightning.training.callbacks import TrainingClock, TrainingMetrics
-from gpt_lightning.training.hardware import keep_freed_memory
+from gpt_lightning.training.hardware import compiler_fault, keep_freed_memory
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer, learning_rate_at
 from gpt_lightning.training.step_graph import StepGraph, can_record
 
@@ -142,8 +142,8 @@ class GPTModule(LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
-        if self.hparams.compile:
-            check_compiler(self.device)
+        if self.hparams.compile and (fault := compiler_fault(self.device)):
+            raise UserError(f"compile=true: {fault}. Drop compile to train without it")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
@@ -397,18 +397,6 @@ def training_losses(
         entropy = -(logs.exp() * logs).sum(dim=-1).mean()
         loss = loss - confidence_penalty * entropy
     return loss, next_token_loss
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise a UserError if torch.compile cannot compile a sum: most often a compiler is missing."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # torch raises many types here, which are private
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"compile=true: torch.compile does not work on this machine ({reason}); it needs a C++ "
-            "compiler, and Triton for a GPU. Drop compile to train without it"
-        ) from error
 
 
 def seed_dropout(device: torch.device, key: tuple[int, ...]) -> None:

@@ -67,6 +67,7 @@ class Introduction(Callback):
             f"batch {hp.batch_size} x {hp.block_size}{steps}\n"
             f"       {start if trainer.ckpt_path else ''}"
             f"{module.optimizer_config.optimizer}, {trainer.precision}{reason}"
+            f"{', compiled at the first step' if module.hparams.compile else ''}"
         )
 
 
