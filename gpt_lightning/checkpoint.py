@@ -113,8 +113,13 @@ def write_model_file(path: str | Path, checkpoint: dict[str, Any], precision: st
     Raises:
         UserError: if a weight is too large for fp16, or the vocabulary for such a file.
     """
+    entry = checkpoint[KEY]
+    typed = (entry["settings"] or {}).get("data", {})  # without the user's folders
+    names = {"name": "corpus", "val_name": "val_corpus"}
+    corpus = entry["corpus"] | {k: typed[v] for k, v in names.items() if typed.get(v)}
     description = {
-        **checkpoint[KEY],
+        **entry,
+        "corpus": corpus,
         "step": checkpoint["global_step"],
         "history": run_history(checkpoint),
     }
@@ -291,13 +296,14 @@ def model_with_weights(settings: dict[str, Any], weights: dict[str, torch.Tensor
 # --- finding --------------------------------------------------------------------------------------
 
 
-def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
+def find_checkpoint(which: str | Path, root: str | Path = ".", of_folder: str = "best") -> Path:
     """The file that `ckpt_path` means.
 
     Args:
-        which: `last` or `best` of the run below `root` that was written last, a run's folder (its
-            best), or a file. If a run has only one of the two, it is that one.
+        which: `last` or `best` of the run below `root` that was written last, a run's folder, or a
+            file. If a run has only one of the two, it is that one.
         root: the folder that holds `lightning_logs`.
+        of_folder: which checkpoint a run's folder means.
 
     Raises:
         UserError: if there is none.
@@ -316,7 +322,8 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
             return path
         if not path.exists():
             raise UserError(f"ckpt_path={which}: no such file or folder")
-    names = ("last.ckpt", "best.ckpt") if which == "last" else ("best.ckpt", "last.ckpt")
+    kind = which if which in ("last", "best") else of_folder
+    names = ("last.ckpt", "best.ckpt") if kind == "last" else ("best.ckpt", "last.ckpt")
     for name in names:
         for file in (path / "checkpoints" / name, path / name):
             if file.is_file():
@@ -326,13 +333,15 @@ def find_checkpoint(which: str | Path, root: str | Path = ".") -> Path:
     )
 
 
-def read_newest_intact(which: str | Path, root: str | Path = ".") -> tuple[Path, dict[str, Any]]:
+def read_newest_intact(
+    which: str | Path, root: str | Path = ".", of_folder: str = "best"
+) -> tuple[Path, dict[str, Any]]:
     """Find and read a checkpoint: the file, see `find_checkpoint`, and its content.
 
     If `last` or `best` is damaged, the newest intact checkpoint beside it is used and stderr says
     so.
     """
-    path = find_checkpoint(which, root)
+    path = find_checkpoint(which, root, of_folder)
     try:
         return path, read_checkpoint(path)
     except DamagedCheckpoint as damaged:
@@ -380,15 +389,57 @@ def describe(
 MAY_DIFFER = ("vocab_size", "dropout", "init_std", "fused")
 
 
+TRAIN_ANEW = "drop the setting, or train anew without --ckpt_path"
+
+
+def check_corpus(
+    theirs: dict[str, Any],
+    mine: dict[str, Any],
+    path: str | Path,
+    same_corpus: bool,
+    named: bool = True,
+) -> None:
+    """Raise a UserError if the texts of a run do not fit the checkpoint.
+
+    Args:
+        theirs, mine: of checkpoint and run, from `TextDataModule.describe`.
+        same_corpus: text and split have to be the same: to train. To validate, the text may be
+            another one, but not a later version of the same file, whose held-out part may be
+            text that the model was trained on.
+        named: whether the user has named the text; otherwise it is the checkpoint's.
+    """
+    for setting, name, sha256 in (
+        ("corpus", "name", "sha256"),
+        ("val_corpus", "val_name", "val_sha256"),
+    ):
+        then, now = theirs.get(name), mine.get(name)
+        changed = then == now or not named
+        if theirs.get(sha256) == mine.get(sha256) or not (changed or same_corpus):
+            continue
+        fault = f"is not its {setting}, {then}"
+        if changed:
+            fault = "has changed since its training, or is read in another way"
+        flags = quoted(f"--init_from={path}", f"--data.corpus={mine['name']}")
+        advice = f"start a new run from its weights with {flags} in place of --ckpt_path"
+        if not same_corpus:
+            advice = f"score it as another text with evaluate {quoted(f'--text={now}')}"
+        raise UserError(f"ckpt_path={path}: {setting}={now} {fault}; {advice}")
+    for name in ("split", "val_fraction"):
+        if same_corpus and theirs[name] != mine[name]:
+            raise UserError(
+                f"{name}={mine[name]} would train on text that ckpt_path={path} held out with "
+                f"{name}={theirs[name]}; {TRAIN_ANEW}"
+            )
+
+
 def check_compatible(
     entry: dict[str, Any], ours: dict[str, Any], path: str | Path, same_corpus: bool
 ) -> None:
     """Raise a UserError if the weights of the checkpoint `entry` cannot be used for the run `ours`.
 
-    Both are from `describe`. With `same_corpus`, text and split have to be the same too: to train,
-    not to validate.
+    Both are from `describe`. See `check_corpus` for `same_corpus`.
     """
-    advice = "drop the setting, or train anew without --ckpt_path"
+    advice = TRAIN_ANEW
     # a checkpoint from before a field existed was trained with its default
     theirs, mine = config_to_dict(config_from_dict(entry["model"])), ours["model"]
     for name in ("name", *mine):  # another model has other settings altogether
@@ -397,24 +448,7 @@ def check_compatible(
                 f"{name}={mine[name]} does not fit ckpt_path={path}, whose model has "
                 f"{name}={theirs.get(name)}; {advice}"
             )
-    theirs, mine = entry["corpus"], ours["corpus"]
-    if same_corpus and theirs["sha256"] != mine["sha256"]:
-        raise UserError(
-            f"ckpt_path={path} was trained on {theirs['name']}, which is not corpus={mine['name']} "
-            f"or has changed; start a new run from its weights with init_from={path} and corpus="
-            f"{mine['name']} in place of ckpt_path"
-        )
-    if same_corpus and theirs.get("val_sha256") != mine.get("val_sha256"):
-        raise UserError(
-            f"val_corpus={mine['val_name']} is not the validation text of ckpt_path={path} "
-            f"({theirs.get('val_name')}), or that text has changed; {advice}"
-        )
-    for name in ("split", "val_fraction"):
-        if same_corpus and theirs[name] != mine[name]:
-            raise UserError(
-                f"{name}={mine[name]} would train on text that ckpt_path={path} held out with "
-                f"{name}={theirs[name]}; {advice}"
-            )
+    check_corpus(entry["corpus"], ours["corpus"], path, same_corpus)
     if entry["tokenizer"] != ours["tokenizer"]:
         raise UserError(
             f"ckpt_path={path} has another vocabulary than this text; {advice}, or start from its "

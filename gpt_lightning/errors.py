@@ -8,6 +8,11 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
+# How CUDA, ROCm, Intel's and Apple's GPUs, cuBLAS, cuDNN and the CPU say that memory is short.
+OUT_OF_MEMORY = (
+    r"\b(CUDA|HIP|XPU|MPS)\b.*out of memory|out_of_\w*memory|alloc_failed|can't allocate memory"
+)
+
 
 class UserError(ValueError):
     """A mistake of the user's, which the command line reports in one line, with exit code 2.
@@ -49,6 +54,11 @@ def in_users_code(error: BaseException) -> bool:
     installed = (os.path.dirname(__file__), *sysconfig.get_paths().values(), "<frozen ")
     frames = traceback.walk_tb(error.__traceback__)
     return any(not frame.f_code.co_filename.startswith(installed) for frame, _ in frames)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError."""
+    return re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE) is not None
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

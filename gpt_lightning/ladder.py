@@ -15,6 +15,7 @@ import io
 import json
 import statistics
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt_lightning.checkpoint import KEY, read_checkpoint, run_history
+from gpt_lightning.checkpoint import KEY, quoted, read_checkpoint, run_history
 from gpt_lightning.config_files import CONFIGS, load_config
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError
@@ -44,6 +45,7 @@ class Row:
     name: str
     title: str
     idea: str = ""  # what it adds to the rung before it
+    checkpoint: Path | None = None  # of its first seed
     page: str = ""  # file that runs its model, relative to the table
     parameters: int = 0
     losses: list[float] = field(default_factory=list)  # exact, one for each seed
@@ -90,8 +92,10 @@ def climb(argv: list[str]) -> int:
         raise UserError(f"--seeds={args.seeds} must be whole numbers such as 1337,1338")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={args.seeds} names a seed twice")
-    if args.out.is_file():
-        raise UserError(f"--out={args.out} is a file; give a folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={args.out} cannot be a folder: {error.strerror}") from error
     rows: list[Row] = []
     failed = False
     for rung in find_rungs(args.configs, names):
@@ -99,25 +103,22 @@ def climb(argv: list[str]) -> int:
             print(f"{rung.stem} is skipped: it needs a GPU")
             continue
         row = Row(rung.stem, *title_and_idea(rung))
-        try:
-            for seed in seeds:
-                folder = args.out / rung.stem / f"seed_{seed}"
-                if code := fit(rung, seed, folder, flags):
-                    print("stopped; the same command resumes")
-                    return code
+        for seed in seeds:
+            folder = args.out / rung.stem / f"seed_{seed}"
+            code = fit(rung, seed, folder, flags)
+            if code == 2:
+                failed = True
+            elif code:
+                print("stopped; the same command resumes")
+                return code
+            else:
                 add_results(row, folder)
                 print(f"{row.title}, seed {seed}: {row.losses[-1]:.4f}", flush=True)
-        except UserError as error:  # such as a loss that diverges
-            if not rows:  # probably a mistake in the flags of all rungs
-                raise
-            print(f"{row.title}, seed {seed}: {error}; the rung is left out", file=sys.stderr)
-            failed = True
-            continue
-        rows.append(row)
+        if row.losses:
+            rows.append(row)
     if rows:
-        last = args.out / rows[0].name / f"seed_{seeds[0]}" / LAST
-        data = read_checkpoint(last)[KEY]["settings"]["data"]
-        write_pages(rows, args.out, seeds[0])
+        data = read_checkpoint(rows[0].checkpoint)[KEY]["settings"]["data"]
+        write_pages(rows, args.out)
         write_results([counted_bigram(data), *rows], data["corpus"], args.out)
     return 2 if failed else 0
 
@@ -167,7 +168,14 @@ def title_and_idea(rung: Path) -> tuple[str, str]:
 
 
 def fit(rung: Path, seed: str, folder: Path, flags: list[str]) -> int:
-    """Start or resume the run of one rung and seed, unless it is complete; returns an exit code."""
+    """Start or resume the run of one rung and seed, unless it is complete.
+
+    Returns:
+        The exit code; 2 if the run has failed, as when its loss diverges.
+
+    Raises:
+        UserError: for a mistake, before the run starts.
+    """
     argv = ["fit", f"--config={rung}", *flags, f"--seed_everything={seed}"]
     run, note = {"flags": flags, "config": load_config(rung)}, folder.with_suffix(".json")
     last = folder / LAST
@@ -182,8 +190,15 @@ def fit(rung: Path, seed: str, folder: Path, flags: list[str]) -> int:
     else:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(run, indent=1), encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()):  # the table is the summary of all runs
-        code = run_trainer(argv, folder=folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the table is the summary of all runs
+            code = run_trainer(argv, folder=folder)
+    except UserError as error:
+        if not folder.exists():
+            note.unlink()
+            raise
+        print(f"{rung.stem}, seed {seed}: {error}", file=sys.stderr)
+        return 2
     if code == 0:
         note.write_text(json.dumps({**run, "complete": True}, indent=1), encoding="utf-8")
     return code
@@ -199,8 +214,9 @@ def add_results(row: Row, folder: Path) -> None:
     row.estimates += series.get("estimate/val", [])[-1:]
     if speeds := series.get("speed/chars_per_second"):  # nothing is logged in a run of a few steps
         row.speeds.append(statistics.median(speeds))
-    if not row.sample:
-        generator = TextGenerator.load(folder / LAST, precision="fp32")
+    if row.checkpoint is None:
+        row.checkpoint = folder / LAST
+        generator = TextGenerator.load(row.checkpoint, precision="fp32")
         row.parameters = num_parameters(generator.model)
         row.sample = sample_line(generator)
 
@@ -234,16 +250,15 @@ def counted_bigram(data_settings: dict) -> Row:
 # pages, table and picture
 
 
-def write_pages(rows: list[Row], out: Path, seed: str) -> None:
+def write_pages(rows: list[Row], out: Path) -> None:
     """Write a page that runs the model of each rung, with links to the pages beside it."""
     (out / PAGES).mkdir(exist_ok=True)
     for before, row, after in zip([None, *rows[:-1]], rows, [*rows[1:], None], strict=True):
         beside = {"previous": before, "next": after}
         links = {word: (f"{r.name}.html", r.title) for word, r in beside.items() if r}
         row.page = f"{PAGES}/{row.name}.html"
-        path = out / row.name / f"seed_{seed}" / LAST
         rung = Rung(row.title, row.idea, links)
-        export_html(path, read_checkpoint(path), out / row.page, rung=rung)
+        export_html(row.checkpoint, read_checkpoint(row.checkpoint), out / row.page, rung=rung)
 
 
 def write_results(rows: list[Row], corpus: str, out: Path) -> None:
@@ -254,7 +269,7 @@ def write_results(rows: list[Row], corpus: str, out: Path) -> None:
         writer.writeheader()
         writer.writerows(row.figures() for row in rows)
     draw(rows, corpus, out / "ladder.png")
-    print(f"\n{table}\nwritten to {out}; watch with: tensorboard --logdir {out}")
+    print(f"\n{table}\nwritten to {out}; watch with: tensorboard --logdir {quoted(str(out))}")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -305,4 +320,6 @@ def draw(rows: list[Row], corpus: str, path: Path) -> None:
     axes.set_title(f"{corpus}: {shown}", fontsize=9, parse_math=False)
     axes.margins(x=0.16)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks characters of a file's name
+        figure.savefig(path)

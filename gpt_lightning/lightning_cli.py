@@ -11,7 +11,6 @@ import errno
 import logging
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -37,12 +36,13 @@ from gpt_lightning.checkpoint import (
     LOGS,
     SAFETENSORS,
     check_compatible,
+    check_corpus,
     flags_to_repeat,
     read_newest_intact,
     shell_command,
 )
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.errors import UserError, in_users_code, with_flags
+from gpt_lightning.errors import UserError, in_users_code, is_out_of_memory, with_flags
 from gpt_lightning.files import unused
 from gpt_lightning.fine_tuning import begin_from
 from gpt_lightning.launchers import (
@@ -70,6 +70,7 @@ from gpt_lightning.training.callbacks import (
     GenerateText,
     PredictionWriter,
     RunProgressBar,
+    limit_note,
     validation_line,
 )
 from gpt_lightning.training.hardware import choose_compile, choose_precision
@@ -83,10 +84,6 @@ from gpt_lightning.training.saving import (
     find_best_and_last,
 )
 
-# How CUDA, ROCm, Intel's and Apple's GPUs, cuBLAS, cuDNN and the CPU say that memory is short.
-OUT_OF_MEMORY = (
-    r"\b(CUDA|HIP|XPU|MPS)\b.*out of memory|out_of_\w*memory|alloc_failed|can't allocate memory"
-)
 # The Trainer's settings where Lightning's own defaults do not fit; any of them can be given.
 TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -146,7 +143,7 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         raise UserError(f"--init_from={start} needs a text to train on: --data.corpus=NAME")
     corpus_given = "corpus" in settings["data"]
     if which is not None:
-        path, checkpoint = read_newest_intact(which, root)
+        path, checkpoint = read_newest_intact(which, root, "last" if command == "fit" else "best")
         if path.suffix == SAFETENSORS:
             raise UserError(
                 f"ckpt_path={path} has a model without the state of its training; evaluate scores "
@@ -162,7 +159,7 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         if rank_zero_only.rank == 0:
             print(f"start  {start}, step {beginning['global_step']:,}")
     try:
-        run = build(parser, command, settings, path, checkpoint, folder)
+        run = build(parser, command, settings, path, checkpoint, folder, corpus_given)
     except UserError as error:
         if path is None or corpus_given or not str(error).startswith("corpus="):
             raise
@@ -199,11 +196,15 @@ def build(
     path: Path | None,
     checkpoint: dict | None,
     folder: Path | None,
+    corpus_given: bool,
 ) -> Run:
     """Build data, module and Trainer, and complete the settings by the automatic choices."""
     seed = settings.setdefault("seed_everything", 1337)
     data = TextDataModule(**settings["data"], seed=seed)
     data.prepare_data()
+    if checkpoint is not None:  # before a text that is too short for its settings
+        corpus = checkpoint[KEY]["corpus"]
+        check_corpus(corpus, data.describe(), path, command == "fit", corpus_given)
     data.setup(command if command in ("fit", "test") else "validate")
     module = build_module(settings["model"], data, seed)
     compile_given = "compile" in settings["model"]
@@ -387,8 +388,7 @@ def execute(run: Run) -> int:
             f"the disk is full: {error.filename or run.folder}; free some space and resume"
         ) from error
     except RuntimeError as error:
-        # torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError
-        if not re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
+        if not is_out_of_memory(error):
             raise
         sizes = run.data.hparams
         raise UserError(
@@ -453,7 +453,9 @@ def validate(run: Run) -> None:
     evaluate, part = (trainer.test, "test") if run.command == "test" else (trainer.validate, "val")
     evaluate(run.module, data, ckpt_path=run.path)
     if trainer.is_global_zero and f"loss/{part}" in trainer.callback_metrics:
-        print(validation_line(trainer.callback_metrics, run.first_step, part))
+        limit = trainer.limit_test_batches if part == "test" else trainer.limit_val_batches
+        line = validation_line(trainer.callback_metrics, run.first_step, part)
+        print(line + limit_note(limit))
 
 
 def predict(run: Run) -> None:

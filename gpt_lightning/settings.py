@@ -311,7 +311,7 @@ def choose_length(trainer: dict[str, Any], data: TextDataModule, world_size: int
     interval = trainer.get("val_check_interval")
     if interval is None and trainer.get("check_val_every_n_epoch") is None:
         steps = trainer.get("max_steps", -1)
-        steps = VALIDATION_STEPS if steps < 1 else max(1, min(VALIDATION_STEPS, steps // 4))
+        steps = VALIDATION_STEPS if steps < 1 else max(1, min(VALIDATION_STEPS, -(-steps // 4)))
         trainer["val_check_interval"] = interval = steps * accumulate
     batches = data.batches_per_epoch(world_size, accumulate)
     if trainer.get("check_val_every_n_epoch") and isinstance(interval, int) and interval > batches:

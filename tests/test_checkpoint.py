@@ -309,6 +309,7 @@ def test_files_and_runs_folders_are_found(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for which in (best, str(best), folder, folder / "checkpoints"):
         assert find_checkpoint(which) == best
+    assert find_checkpoint(folder, of_folder="last") == last
     assert find_checkpoint(f"~/{best.as_posix()}") == tmp_path / best
     best.unlink()
     assert find_checkpoint(folder) == last
@@ -362,6 +363,9 @@ def test_what_does_not_change_the_weights_may_differ():
     ours = description(dropout=0.2)
     check_compatible(description(), ours, "a.ckpt", same_corpus=True)
     ours["corpus"]["sha256"] = "1" * 64
+    with pytest.raises(UserError, match="^ckpt_path=a.ckpt: corpus=a text has changed"):
+        check_compatible(description(), ours, "a.ckpt", same_corpus=False)
+    ours["corpus"]["name"] = "another text"
     check_compatible(description(), ours, "a.ckpt", same_corpus=False)
 
 
@@ -370,8 +374,13 @@ def test_what_does_not_change_the_weights_may_differ():
     [
         ({"n_embd": 8}, {}, "n_embd=8 does not fit ckpt_path=a.ckpt, whose model has n_embd=4"),
         ({"name": "lecture", "n_embd": 8}, {}, "name=lecture does not fit"),
-        ({}, {"sha256": "1" * 64}, ".* which is not corpus=a text"),
-        ({}, {"val_name": "v", "val_sha256": "1" * 64}, "val_corpus=v is not the validation text"),
+        ({}, {"sha256": "1" * 64}, "ckpt_path=a.ckpt: corpus=a text has changed"),
+        ({}, {"sha256": "1" * 64, "name": "b"}, "ckpt_path=a.ckpt: corpus=b is not its corpus"),
+        (
+            {},
+            {"val_name": "v", "val_sha256": "1" * 64},
+            "ckpt_path=a.ckpt: val_corpus=v is not its val_corpus",
+        ),
         ({}, {"split": "blocks"}, "split=blocks .* held out with split=tail"),
         ({}, {"val_fraction": 0.2}, "val_fraction=0.2 .* held out with val_fraction=0.1"),
         ({"vocabulary": "\nac"}, {}, "ckpt_path=a.ckpt has another vocabulary"),

@@ -114,6 +114,20 @@ def session(monkeypatch, capsys, typed, *flags):
     return capsys.readouterr()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("flags", [["--stream"], ["--no-stream"], ["--interactive"]])
+def test_control_characters_do_not_reach_a_terminal(here, monkeypatch, capsys, flags, terminal):
+    evil = "\x1b]0;title\x07 \x9b31m\ttext\n"
+    stream = [[piece] for piece in evil]
+    monkeypatch.setattr(TextGenerator, "stream", lambda *_, **__: iter(stream))
+    monkeypatch.setattr("sys.stdin", io.StringIO("To\n"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    prompt = [] if "--interactive" in flags else ["--prompt=To"]
+    assert run("generate", *flags, *prompt) == 0
+    shown = "\\x1b]0;title\\x07 \\x9b31m\ttext\n" if terminal else evil
+    assert capsys.readouterr().out == f"To{shown}\n"
+
+
 def test_interactive_texts_have_the_earlier_ones_as_context(here, monkeypatch, capsys):
     def alone(prompt, seed):
         assert run("generate", "--max_new_tokens=20", f"--prompt={prompt}", f"--seed={seed}") == 0

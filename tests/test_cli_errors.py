@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, contents, run
 
+from gpt_lightning import TextGenerator
 from gpt_lightning.cli import main
 
 FIT = ("fit", *TINY)
@@ -69,7 +70,7 @@ def test_a_text_that_cannot_be_trained_on(here, refused, data, parts):
         ("--model.residual=false", ["--model.residual=false is not a setting of the gpt model"]),
         ("--sample.top_k=0", ["--sample.top_k=0 must be at least 1"]),
         ("--sample.prompt=é", ["--sample.prompt: the character 'é' (U+00E9"]),
-        ("--checkpoint.every_n_train_steps=-1", ["every_n_train_steps=-1 must be 0 or more"]),
+        ("--checkpoint.every_n_train_steps=-1", ["every_n_train_steps=-1 must be at least 0"]),
         ("--trainer.precision=foo", ["--trainer.precision=foo must be one of", "bf16-mixed"]),
         ("--trainer.accelerator=foo", ["--trainer.accelerator=foo", "invalid accelerator"]),
         ("--trainer.max_steps=0", ["--trainer.max_steps=0 must be above 0"]),
@@ -152,13 +153,17 @@ def test_resuming_with_another_optimizer_text_split_or_vocabulary(here, refused)
     refused([*resume, "--model.optimizer=adamw"], "--model.optimizer=adamw cannot continue", "muon")
     Path("other.txt").write_text("To be or not to be\n" * 100)
     refused(
-        [*resume, "--data.corpus=other.txt"], "was trained on", "--init_from=", "--data.corpus="
+        [*resume, "--data.corpus=other.txt"],
+        "is not its corpus",
+        "--init_from=",
+        "--data.corpus=",
     )
     refused([*resume, "--data.split=blocks"], "split=blocks", "held out with")
     refused([*resume, "--data.tokenizer=byte"], "has another vocabulary")
     with Path("text.txt").open("a") as file:
         file.write("more\n")
-    refused(resume, "was trained on", "or has changed", "--init_from=")
+    refused(resume, "has changed since its training", "--init_from=")
+    refused(["validate", "--trainer.accelerator=cpu"], "has changed since", "evaluate --text=")
     Path("text.txt").unlink()
     refused(resume, "--data.corpus=text.txt is not found")
 
@@ -189,6 +194,7 @@ def test_a_run_without_a_step(here, capsys):
         ("--top_k=four", ["invalid int value: 'four'"]),
         ("--top_p=1.1", ["above 0 and at most 1"]),
         ("--max_new_tokens=0", ["must be at least 1"]),
+        ("--num_samples=1000000000", ["must be at most 65536"]),
         ("--unknown=foo", ["'error', 'drop', 'replace'"]),
         ("--device=foo", ["--device=cpu"]),
         ("--precision=fp8", ["auto, fp32, bf16, int8"]),
@@ -200,7 +206,7 @@ def test_a_run_without_a_step(here, capsys):
         ("--prompt_file=bad.txt", ["bad.txt is not UTF-8", "convert it"]),
         ("--prompt_file=odd.txt", ["--prompt_file=odd.txt: the character 'z'"]),
         ("--temprature=1", ["--temprature=1; did you mean --temperature?"]),
-        ("extra", ["extra"]),
+        ("extra", ["extra", "such as --prompt=..."]),
     ],
 )
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
@@ -210,6 +216,16 @@ def test_generate_refuses(refused, flag, parts, stream):
     Path("lines.txt").write_text("To\n\né\n", encoding="utf-8")
     Path("empty.txt").write_text("\n")
     refused(["generate", flag, stream], flag.partition("=")[0], *parts)
+
+
+def test_too_little_memory(here, monkeypatch, refused):
+    def fails(*_, **__):
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+
+    monkeypatch.setattr(TextGenerator, "generate", fails)
+    refused(["generate", "--num_samples=9"], "out of memory", "--num_samples=9")
 
 
 def test_two_prompts(refused):

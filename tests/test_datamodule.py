@@ -426,11 +426,14 @@ def test_a_checkpoint_tells_the_validation_text(make, other):
     module = GPTModule(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=17, block_size=8))
     before = module.describe(make(TEXT, val_corpus=other(TEXT[:100])))
     check_compatible(before, before, "a.ckpt", same_corpus=True)
-    for settings in (dict(val_corpus=other(TEXT[:101])), {}):
+    for settings in (dict(val_corpus=other(TEXT[:101], "b.txt")), {}):
         now = module.describe(make(TEXT, **settings))
         check_compatible(before, now, "a.ckpt", same_corpus=False)
-        with pytest.raises(UserError, match="is not the validation text of ckpt_path=a.ckpt"):
+        with pytest.raises(UserError, match="is not its val_corpus"):
             check_compatible(before, now, "a.ckpt", same_corpus=True)
+    changed = module.describe(make(TEXT, val_corpus=other(TEXT[:101])))
+    with pytest.raises(UserError, match="val_corpus=.* has changed since"):
+        check_compatible(before, changed, "a.ckpt", same_corpus=False)
 
 
 def test_estimator_batches_of_validation_are_from_its_own_text(make, other):
@@ -478,7 +481,7 @@ def test_estimator_batches_are_random_windows_divided_among_the_ranks(make):
 def test_an_invalid_setting_is_refused_at_construction(field, value):
     with pytest.raises(UserError) as error:
         TextDataModule(**dict(block_size=8) | {field: value})
-    assert str(error.value).startswith(f"{field}={value!r} must be")
+    assert str(error.value).startswith(f"{field}={value} must be")
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,8 @@ def test_text_in_another_encoding_is_refused_with_what_reads_it(tmp_path):
     error_of(german, "german.txt is not UTF-8 text", "set encoding=auto to detect it")
     error_of(german, "is not ASCII text", "encoding=NAME", encoding="ascii")
     wide = write(tmp_path / "wide.txt", GERMAN.encode("utf-16"))
+    long = write(tmp_path / "long.txt", (GERMAN * 2000).encode("utf-16"))
+    assert text_of(long, encoding="auto") == GERMAN * 2000
     error_of(wide, "wide.txt (utf-16; read it with encoding=utf-16 or auto)")
     assert text_of(wide, encoding="utf-16") == text_of(german, encoding="cp1252") == GERMAN
 

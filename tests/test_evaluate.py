@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import TEXT, TINY, run
 
+from gpt_lightning.checkpoint import KEY, find_checkpoint, read_checkpoint
+
 BEST = "lightning_logs/version_0/checkpoints/best.ckpt"
 EMBEDDED = (
     "--data.corpus=playwright:3:30000",
@@ -210,7 +212,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(flags, message, here, capsys)
 
 def test_a_training_text_that_changed_or_is_gone_is_an_error(here, capsys):
     # the run of the fixture was trained on its own copy
-    path = figures(capsys)["results"][0]["protocol"]["text"]
+    path = read_checkpoint(find_checkpoint("best"))[KEY]["corpus"]["name"]
     shutil.copy(path, kept := here / "kept.txt")
     try:
         Path(path).write_text(TEXT + "to be\n", encoding="utf-8")

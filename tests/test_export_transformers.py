@@ -116,9 +116,9 @@ def test_the_heads_bias_needs_a_wide_enough_model(tmp_path):
 def test_other_models_load_after_the_import_that_registers_them(tmp_path, name):
     checkpoint = checkpoint_of(name, block_size=40)
     code = export_transformers(tmp_path, checkpoint, tmp_path / "out")
-    scope = {"AutoModelForCausalLM": AutoModelForCausalLM}
-    exec("; ".join(code.split("; ")[:-1]), scope)
-    theirs = eval(code.split("; ")[-1], scope)
+    scope = {}
+    exec(code, scope)
+    theirs = scope["model"]
     ours = TextGenerator(*model_and_tokenizer(checkpoint, ""))
     torch.testing.assert_close(log_probs(theirs), log_probs(ours.model), rtol=0, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

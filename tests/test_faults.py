@@ -219,7 +219,7 @@ def test_resume_in_another_folder_says_which_checkpoint_names_the_text(here, end
     code, _, err = ends("fit", f"--ckpt_path={Path('..', RUN)}", "--trainer.accelerator=cpu")
     line = one_line(code, err)
     assert "--data.corpus=text.txt is not found" in line
-    assert "best.ckpt was trained on this text" in line
+    assert "last.ckpt was trained on this text" in line
 
 
 def test_a_validation_interval_in_epochs_replaces_the_one_that_the_run_chose(here, ends):

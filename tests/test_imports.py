@@ -13,7 +13,7 @@ PACKAGE = Path(gpt_lightning.__file__).parent
 # Modules and subpackages import only from rows above their own.
 LAYERS = [
     {"errors"},
-    {"files", "config_files"},
+    {"files", "config_files", "terminal"},
     {"data", "model"},
     {"safetensors_file"},
     {"checkpoint"},

@@ -105,7 +105,7 @@ def test_a_vocabulary_without_distinct_characters_is_refused(vocabulary):
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(UserError, match="unknown='replaced' must be.*did you mean replace"):
+    with pytest.raises(UserError, match="unknown=replaced must be.*did you mean replace"):
         CharTokenizer("ab", unknown="replaced")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_lightning.data.corpus import Corpus, find_corpus
-from gpt_lightning.errors import UserError, did_you_mean, with_flags
+from gpt_lightning.errors import UserError, did_you_mean, is_out_of_memory, with_flags
 
 HOW = ("field", "encoding", "separator")  # settings that say how a corpus is read
 
@@ -22,17 +22,29 @@ class Parser(argparse.ArgumentParser):
         hint = did_you_mean(flag, flags)
         if message.startswith("unrecognized") and not flag.startswith("-"):
             hint = "; every value needs a flag"
+            if main := [name for name in ("--prompt", "--text") if name in flags]:
+                hint += f", such as {main[0]}=..."
         raise UserError(message + hint)
 
 
 @contextmanager
 def errors_name_flags(args: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Write settings as flags in the message of a UserError; yields the flag of each setting."""
+    """Write settings as flags in the message of a UserError; yields the flag of each setting.
+
+    A lack of memory becomes a UserError.
+    """
     flags = {name: f"--{name}" for name in vars(args)}
     try:
         yield flags
     except UserError as error:
         raise UserError(with_flags(str(error), flags)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = {name: getattr(args, name, None) for name in ("num_samples", "batch_size")}
+        given = " ".join(f"--{name}={size}" for name, size in sizes.items() if size)
+        advice = f"; choose a smaller value than {given}" if given else ""
+        raise UserError("out of memory" + advice) from error
 
 
 def add_corpus_flags(parser: Parser) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import statistics
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def evaluate(args: Namespace) -> None:
         page = cost_page(title, report(figures, summary), costs.cells(SHOWN))
         with write_atomically(args.html) as file:
             file.write(page.encode("utf-8", "replace"))
+        print(f"written: {args.html}", file=sys.stderr)
 
 
 @dataclass
@@ -166,7 +168,7 @@ def score_checkpoint(which: str, typed: str | None, args: Namespace) -> Result:
             "checkpoint": str(path),
             "step": checkpoint["global_step"],
             "checkpoint_sha256": file_sha256(path),
-            "text": args.text or corpus.name,
+            "text": args.text or how.get("val_corpus") or how.get("corpus") or corpus.name,
             "part": "held out" if held_out else "all",
             "text_sha256": sha256,
             **{name: how.get(name) for name in HOW},

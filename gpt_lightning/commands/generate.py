@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from gpt_lightning.commands.common import Parser, errors_name_flags, pick_device, read_file
 from gpt_lightning.commands.interactive import interact
 from gpt_lightning.errors import UserError
+from gpt_lightning.terminal import safe_to_show
 
 
 def generate_parser() -> Parser:
@@ -97,7 +98,7 @@ def generate_texts(args: argparse.Namespace, flags: dict[str, str]) -> None:
             continue
         for text in generator.generate(prompt, **settings):
             number += 1
-            print(header(number, total) + text)
+            print(header(number, total) + safe_to_show(text))
     if not os.path.isfile(args.ckpt_path):
         print(source, file=sys.stderr)
 
@@ -124,7 +125,7 @@ def header(number: int, total: int) -> str:
 
 def print_stream(prompt: str, pieces: Iterator[list[str]], header: str = "") -> None:
     first = next(pieces)  # an error must come before the prompt is printed
-    print(header + prompt + first[0], end="", flush=True)
+    print(header + safe_to_show(prompt + first[0]), end="", flush=True)
     for (piece,) in pieces:
-        print(piece, end="", flush=True)
+        print(safe_to_show(piece), end="", flush=True)
     print()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt_lightning.errors import UserError, with_flags
+from gpt_lightning.terminal import safe_to_show
 
 if TYPE_CHECKING:
     from gpt_lightning.generation.generator import TextGenerator
@@ -45,10 +46,10 @@ def interact(generator: "TextGenerator", settings: dict[str, Any], flags: dict[s
         with contextlib.suppress(KeyboardInterrupt):
             pieces = generator.stream(context + line, **{**settings, "seed": seed})
             text += next(pieces)[0]  # an error must come before the prompt is printed
-            print(text, end="", flush=True)
+            print(safe_to_show(text), end="", flush=True)
             for (piece,) in pieces:
                 text += piece
-                print(piece, end="", flush=True)
+                print(safe_to_show(piece), end="", flush=True)
         print()
         context, seed = context + text, seed + 1
 

@@ -382,6 +382,18 @@ class TextDataModule(LightningDataModule):
         """Tokens that the validation loss predicts: all but the first of each span."""
         return sum(max(0, stop - start - 1) for start, stop in self.val_spans)
 
+    def describe(self) -> dict[str, str | float | None]:
+        """Texts and split in plain types, after `prepare_data`."""
+        val_file = self.held_out.get("val_corpus")
+        return {
+            "name": self.corpus.name,
+            "sha256": self.token_file.corpus_sha256,
+            "val_name": val_file and val_file.corpus.name,
+            "val_sha256": val_file and val_file.corpus_sha256,
+            "split": self.hparams.split,
+            "val_fraction": self.hparams.val_fraction,
+        }
+
     def batches_per_epoch(self, world_size: int = 1, accumulate: int = 1) -> int:
         """Batches of each process in an epoch, for whole optimizer steps."""
         steps = len(self.windows) // (self.hparams.batch_size * world_size * accumulate)

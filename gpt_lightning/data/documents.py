@@ -190,8 +190,9 @@ def _detect_encoding(file: TextFile, content: BinaryIO) -> str:
         decoder.decode(b"", final=True)
         return "utf-8"
     except UnicodeDecodeError:
-        if not sample.startswith(UTF_16):
-            sample = b"".join(line for line in sample.splitlines(True) if not line.isascii())
+        if sample.startswith(UTF_16):
+            return "utf-16"
+        sample = b"".join(line for line in sample.splitlines(True) if not line.isascii())
     matches = from_bytes(sample, cp_exclusion=UNLIKELY)
     if not matches:
         raise corpus_error(file, " is in no encoding that is known; name it with encoding=NAME")

@@ -48,7 +48,8 @@ def export_transformers(path: Path, checkpoint: dict[str, Any], out: Path) -> st
     """
     config = config_from_dict(checkpoint[KEY]["model"])
     model, tokenizer = model_and_tokenizer(checkpoint, path)
-    load = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    load = "from transformers import AutoModelForCausalLM"
+    load += f"; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
     if isinstance(config, LectureConfig):
         settings = gpt2_settings(config)
         weights = gpt2_weights(net_weights(checkpoint), config)

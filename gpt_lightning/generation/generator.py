@@ -5,6 +5,7 @@
 Legend: B samples, T tokens of the prompt, V vocabulary.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -24,6 +25,8 @@ from gpt_lightning.generation.scoring import Score, predictions, total
 from gpt_lightning.generation.steps import GraphSteps, Steps
 from gpt_lightning.generation.strings import BannedStrings, StopStrings
 from gpt_lightning.model.attention import RecordedAttention
+
+MAX_SAMPLES = 1 << 16  # texts at once
 
 
 @torch.inference_mode()
@@ -53,8 +56,9 @@ def generate(
     was_training = model.training
     model.eval()
     steps = (GraphSteps if device.type == "cuda" else Steps)(model, ids, sampling, mask)
+    most = min(max_new_tokens, sys.maxsize)
     try:
-        for uniform in islice(uniforms(len(ids), generator, device), max_new_tokens):
+        for uniform in islice(uniforms(len(ids), generator, device), most):
             if banned is not None and mask is not None:
                 mask.copy_(banned.mask())
             new = steps(uniform).tolist()
@@ -175,6 +179,11 @@ class TextGenerator:
                 model whose logits are not finite, or if all tokens are banned.
         """
         at_least(1, max_new_tokens=max_new_tokens, num_samples=num_samples)
+        if num_samples > MAX_SAMPLES:
+            raise UserError(
+                f"num_samples={num_samples} must be at most {MAX_SAMPLES}; run again with another "
+                "seed for more"
+            )
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed} must be 0 or more and below 2**63")
         stop, ban = ([given] if isinstance(given, str) else given for given in (stop, ban))

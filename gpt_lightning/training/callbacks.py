@@ -17,6 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from gpt_lightning.errors import at_least
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.terminal import safe_to_show
 from gpt_lightning.training.saving import find_best_and_last, optimizer_step_done
 
 # TensorBoard's tab "custom scalars": both losses and the floor in one chart
@@ -142,7 +143,8 @@ class TrainingMetrics(Callback):
         metrics = trainer.callback_metrics
         self.val_losses[trainer.global_step] = float(metrics["loss/val"])
         self.floor = float(metrics["loss/floor"]) if "loss/floor" in metrics else None
-        module.print(validation_line(metrics, trainer.global_step))
+        line = validation_line(metrics, trainer.global_step)
+        module.print(line + limit_note(trainer.limit_val_batches))
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()
@@ -168,6 +170,13 @@ def validation_line(metrics: dict[str, Any], step: int, part: str = "val") -> st
     if "loss/floor" in metrics:
         parts.append(f"floor {metrics['loss/floor']:.4f}")
     return "  ".join(parts)
+
+
+def limit_note(limit: int | float | None) -> str:
+    """What to print after a loss if the Trainer limits the batches it is measured on, else ""."""
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return ""
+    return f"  (on {limit} {'batches' if isinstance(limit, int) else 'of the batches'} only)"
 
 
 def all_settings(module: LightningModule) -> dict[str, Any]:
@@ -221,7 +230,7 @@ class GenerateText(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.every_n_steps is None:
-            quarter = trainer.max_steps // 4 if trainer.max_steps > 0 else SAMPLE_STEPS
+            quarter = -(-trainer.max_steps // 4) if trainer.max_steps > 0 else SAMPLE_STEPS
             self.every_n_steps = max(1, min(SAMPLE_STEPS, quarter))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -238,6 +247,7 @@ class GenerateText(Callback):
         title = f" step {trainer.global_step} ".center(72, "-")
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = text.strip().encode(encoding, "replace").decode(encoding)  # "?" for what it lacks
+        shown = safe_to_show(shown)
         module.print(f"\n{title}\n{shown}\n{'-' * 72}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -353,17 +353,8 @@ class GPTModule(LightningModule):
 
     def describe(self, data: TextDataModule) -> dict[str, Any]:
         """What makes a checkpoint self-contained; see `checkpoint.describe`."""
-        val_file = data.held_out.get("val_corpus")
-        corpus = {
-            "name": data.corpus.name,
-            "sha256": data.corpus_sha256,
-            "val_name": val_file and val_file.corpus.name,
-            "val_sha256": val_file and val_file.corpus_sha256,
-            "split": data.hparams.split,
-            "val_fraction": data.hparams.val_fraction,
-        }
         settings = self.run_settings or self.settings()
-        return describe(self.config, data.tokenizer.state(), corpus, settings)
+        return describe(self.config, data.tokenizer.state(), data.describe(), settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.data is not None:

@@ -15,7 +15,7 @@ from gpt_lightning.data.documents import JSON_LINES, TABLES, listed
 from gpt_lightning.data.statistics import MOST_CHECKED, split_messages
 from gpt_lightning.files import unused
 from gpt_lightning.model import num_parameters
-from gpt_lightning.training.callbacks import TrainingMetrics
+from gpt_lightning.training.callbacks import TrainingMetrics, limit_note
 from gpt_lightning.training.module import GPTModule
 from gpt_lightning.training.saving import BestAndLast, find_best_and_last
 
@@ -122,17 +122,19 @@ def closing_table(
     """The results of a `fit` that took `seconds` and resumed from `first_step`, and next steps."""
     metrics, steps = trainer.callback_metrics, trainer.global_step
     keeper = find_best_and_last(trainer)
-    windows = steps * data.hparams.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    batches = (steps - first_step) * trainer.world_size * trainer.accumulate_grad_batches
+    windows = batches * data.hparams.batch_size
     seen, epochs = windows * data.hparams.block_size, windows / len(data.windows)
     unit = "characters" if data.tokenizer.kind == "char" else "tokens"
     rows = {
         "steps": f"{steps:,}" + (f" (resumed at {first_step:,})" if first_step else ""),
         "time": f"{seconds:.1f} s, validation and samples included",
         "training alone": f"{module.clock.seconds:.2f} s",
-        f"{unit} seen": f"{seen:,} ({epochs:.1f} epochs)",
+        f"{unit} seen": f"{seen:,} ({epochs:.1f} epochs)" + " since then" * bool(first_step),
     }
+    limited = limit_note(trainer.limit_val_batches)
     if "loss/val" in metrics:
-        rows["final val loss"] = in_nats(float(metrics["loss/val"]), " per character")
+        rows["final val loss"] = in_nats(float(metrics["loss/val"]), " per character") + limited
     if keeper is not None and keeper.best_val_loss < math.inf:
         rows["best val loss"] = f"{in_nats(keeper.best_val_loss)}, step {keeper.best_step:,}"
     if "loss/val" in metrics and data.val_floor is not None:
