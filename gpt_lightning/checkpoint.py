@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -397,7 +397,7 @@ def check_corpus(
     mine: dict[str, Any],
     path: str | Path,
     same_corpus: bool,
-    named: bool = True,
+    named: Collection[str] = ("corpus", "val_corpus"),
 ) -> None:
     """Raise a UserError if the texts of a run do not fit the checkpoint.
 
@@ -406,14 +406,14 @@ def check_corpus(
         same_corpus: text and split have to be the same: to train. To validate, the text may be
             another one, but not a later version of the same file, whose held-out part may be
             text that the model was trained on.
-        named: whether the user has named the text; otherwise it is the checkpoint's.
+        named: settings that the user has given; the others are the checkpoint's.
     """
     for setting, name, sha256 in (
         ("corpus", "name", "sha256"),
         ("val_corpus", "val_name", "val_sha256"),
     ):
         then, now = theirs.get(name), mine.get(name)
-        changed = then == now or not named
+        changed = then == now or setting not in named
         if theirs.get(sha256) == mine.get(sha256) or not (changed or same_corpus):
             continue
         fault = f"is not its {setting}, {then}"

@@ -141,7 +141,7 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         raise UserError("--init_from is for a new run: fit without --ckpt_path")
     if start is not None and "corpus" not in settings["data"]:
         raise UserError(f"--init_from={start} needs a text to train on: --data.corpus=NAME")
-    corpus_given = "corpus" in settings["data"]
+    texts_given = {"corpus", "val_corpus"} & settings["data"].keys()
     if which is not None:
         path, checkpoint = read_newest_intact(which, root, "last" if command == "fit" else "best")
         if path.suffix == SAFETENSORS:
@@ -159,9 +159,9 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
         if rank_zero_only.rank == 0:
             print(f"start  {start}, step {beginning['global_step']:,}")
     try:
-        run = build(parser, command, settings, path, checkpoint, folder, corpus_given)
+        run = build(parser, command, settings, path, checkpoint, folder, texts_given)
     except UserError as error:
-        if path is None or corpus_given or not str(error).startswith("corpus="):
+        if path is None or "corpus" in texts_given or not str(error).startswith("corpus="):
             raise
         advice = "run this where it was trained, or give corpus=PATH"
         raise UserError(f"{error}; ckpt_path={path} was trained on this text: {advice}") from error
@@ -196,7 +196,7 @@ def build(
     path: Path | None,
     checkpoint: dict | None,
     folder: Path | None,
-    corpus_given: bool,
+    texts_given: set[str],
 ) -> Run:
     """Build data, module and Trainer, and complete the settings by the automatic choices."""
     seed = settings.setdefault("seed_everything", 1337)
@@ -204,7 +204,7 @@ def build(
     data.prepare_data()
     if checkpoint is not None:  # before a text that is too short for its settings
         corpus = checkpoint[KEY]["corpus"]
-        check_corpus(corpus, data.describe(), path, command == "fit", corpus_given)
+        check_corpus(corpus, data.describe(), path, command == "fit", texts_given)
     data.setup(command if command in ("fit", "test") else "validate")
     module = build_module(settings["model"], data, seed)
     compile_given = "compile" in settings["model"]

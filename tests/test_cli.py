@@ -308,6 +308,12 @@ def test_validate_accepts_another_text_in_the_same_vocabulary(here, capsys):
     assert run("validate", "--data.corpus=odd.txt", "--data.unknown=drop") == 0
 
 
+def test_validate_accepts_a_validation_text_of_its_own(here, capsys):
+    Path("other.txt").write_text("To be, or not to be.\n" * 30)
+    assert run("validate", "--data.val_corpus=other.txt", "--trainer.accelerator=cpu") == 0
+    assert "other.txt: 629 of 630 tokens" in capsys.readouterr().out
+
+
 def test_saved_config_reproduces_the_run(trained, empty):
     shutil.copy(trained / "text.txt", empty / "text.txt")
     assert run("fit", "--config", trained / "lightning_logs/version_0/config.yaml") == 0
