@@ -167,6 +167,8 @@ def unknown_flag(argv: list[str], parser: ArgumentParser) -> str | None:
 def plain_message(message: str) -> str:
     """jsonargparse's message about a value of the wrong type, in words; others as they are."""
     message = " ".join(message.split())
+    if re.match(r"unrecognized arguments?: [^-]", message):
+        return f"{message}; quote a pattern of file names: --data.corpus='texts/*.txt'"
     key = re.match(r'Parser key "([\w.]+)": ', message)
     wrong = re.search(r"Expected an? (.*?)\. Got value: (.*)$", message)
     wrong = wrong or re.search(r"Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", message)
