@@ -338,7 +338,7 @@ def read_newest_intact(
 ) -> tuple[Path, dict[str, Any]]:
     """Find and read a checkpoint: the file, see `find_checkpoint`, and its content.
 
-    If `last` or `best` is damaged, the newest intact checkpoint beside it is used and stderr says
+    `of_folder` is as there. If `last` or `best` is damaged, the newest intact checkpoint beside it is used and stderr says
     so.
     """
     path = find_checkpoint(which, root, of_folder)
@@ -396,62 +396,66 @@ def check_corpus(
     theirs: dict[str, Any],
     mine: dict[str, Any],
     path: str | Path,
-    same_corpus: bool,
+    fitting: bool,
     named: Collection[str] = ("corpus", "val_corpus"),
 ) -> None:
     """Raise a UserError if the texts of a run do not fit the checkpoint.
 
+    To train, texts and split have to be the same. To validate, another text may be given, but no
+    text that the model may have been trained on: neither a later version of the checkpoint's nor
+    another part of it.
+
     Args:
         theirs, mine: of checkpoint and run, from `TextDataModule.describe`.
-        same_corpus: text and split have to be the same: to train. To validate, the text may be
-            another one, but not a later version of the same file, whose held-out part may be
-            text that the model was trained on.
         named: settings that the user has given; the others are the checkpoint's.
     """
-    for setting, name, sha256 in (
-        ("corpus", "name", "sha256"),
-        ("val_corpus", "val_name", "val_sha256"),
-    ):
-        then, now = theirs.get(name), mine.get(name)
+    new_run = quoted(f"--init_from={path}", f"--data.corpus={mine['name']}")
+    new_run = f"start a new run from its weights with {new_run} in place of --ckpt_path"
+    keys = {"corpus": ("name", "sha256"), "val_corpus": ("val_name", "val_sha256")}
+    scored = "corpus" if mine.get("val_name") is None else "val_corpus"
+    for setting in keys if fitting else [scored]:
+        (then, before), (now, sha256) = (
+            [of.get(k) for k in keys[setting]] for of in (theirs, mine)
+        )
         changed = then == now or setting not in named
-        if theirs.get(sha256) == mine.get(sha256) or not (changed or same_corpus):
+        if before == sha256 or not (changed or fitting):
             continue
         fault = f"is not its {setting}, {then}"
         if changed:
             fault = "has changed since its training, or is read in another way"
-        flags = quoted(f"--init_from={path}", f"--data.corpus={mine['name']}")
-        advice = f"start a new run from its weights with {flags} in place of --ckpt_path"
-        if not same_corpus:
+        advice = new_run if setting == "corpus" else TRAIN_ANEW
+        if not fitting:
             advice = f"score it as another text with evaluate {quoted(f'--text={now}')}"
         raise UserError(f"ckpt_path={path}: {setting}={now} {fault}; {advice}")
+    if theirs["sha256"] != mine["sha256"] or (scored == "val_corpus" and not fitting):
+        return
+    if scored == "corpus" and theirs.get("val_name") is not None:
+        raise UserError(f"ckpt_path={path} was trained on all of corpus={mine['name']}")
     for name in ("split", "val_fraction"):
-        if same_corpus and theirs[name] != mine[name]:
+        if theirs[name] != mine[name]:
             raise UserError(
-                f"{name}={mine[name]} would train on text that ckpt_path={path} held out with "
-                f"{name}={theirs[name]}; {TRAIN_ANEW}"
+                f"{name}={mine[name]}: ckpt_path={path} held out another part of this text, with "
+                f"{name}={theirs[name]}; {TRAIN_ANEW if fitting else 'drop the setting'}"
             )
 
 
-def check_compatible(
-    entry: dict[str, Any], ours: dict[str, Any], path: str | Path, same_corpus: bool
-) -> None:
-    """Raise a UserError if the weights of the checkpoint `entry` cannot be used for the run `ours`.
+def check_compatible(entry: dict[str, Any], ours: dict[str, Any], path: str | Path) -> None:
+    """Raise a UserError if model or tokenizer of a run do not fit the checkpoint.
 
-    Both are from `describe`. See `check_corpus` for `same_corpus`.
+    Args:
+        entry, ours: of checkpoint and run, from `describe`.
     """
-    advice = TRAIN_ANEW
     # a checkpoint from before a field existed was trained with its default
     theirs, mine = config_to_dict(config_from_dict(entry["model"])), ours["model"]
     for name in ("name", *mine):  # another model has other settings altogether
         if name not in MAY_DIFFER and theirs.get(name) != mine[name]:
             raise UserError(
                 f"{name}={mine[name]} does not fit ckpt_path={path}, whose model has "
-                f"{name}={theirs.get(name)}; {advice}"
+                f"{name}={theirs.get(name)}; {TRAIN_ANEW}"
             )
-    check_corpus(entry["corpus"], ours["corpus"], path, same_corpus)
     if entry["tokenizer"] != ours["tokenizer"]:
         raise UserError(
-            f"ckpt_path={path} has another vocabulary than this text; {advice}, or start from its "
+            f"ckpt_path={path} has another vocabulary than this text; {TRAIN_ANEW}, or start from its "
             f"weights with init_from={path}"
         )
 

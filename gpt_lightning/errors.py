@@ -30,9 +30,9 @@ def at_least(least: int, **settings: float | None) -> None:
 
 
 def one_of(choices: Iterable[str], **settings: Any) -> None:
-    """Raise a UserError for a setting that is none of `choices`; None is always allowed."""
+    """Raise a UserError for a setting that is none of `choices`."""
     for name, value in settings.items():
-        if value is not None and value not in choices:
+        if value not in choices:
             hint = did_you_mean(str(value).lower(), choices)
             raise UserError(f"{name}={value} must be one of {', '.join(choices)}{hint}")
 
@@ -57,7 +57,7 @@ def in_users_code(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a type for CUDA's allocator only; cuBLAS, MPS and the CPU raise a RuntimeError."""
+    """Whether memory was short. torch has a type of its own for that on CUDA's allocator only."""
     return re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE) is not None
 
 

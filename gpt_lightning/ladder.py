@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 import warnings
@@ -184,7 +185,9 @@ def fit(rung: Path, seed: str, folder: Path, flags: list[str]) -> int:
         complete = before.pop("complete", False)
         if before != run:
             raise UserError(f"{folder} has a run with other flags or configs; give another --out")
-        if complete:
+        checkpoint = read_checkpoint(last)  # complete, too, if it was killed after its last step
+        steps = checkpoint[KEY]["settings"]["trainer"].get("max_steps", math.inf)
+        if complete or checkpoint["global_step"] >= steps:
             return 0
         argv = ["fit", f"--ckpt_path={last}"]
     else:
@@ -207,6 +210,8 @@ def fit(rung: Path, seed: str, folder: Path, flags: list[str]) -> int:
 def add_results(row: Row, folder: Path) -> None:
     """Add the results of a complete run to the row of its rung."""
     history = run_history(read_checkpoint(folder / LAST))
+    if not history["val_losses"]:
+        raise UserError(f"{folder} was not validated: drop --trainer.limit_val_batches=0")
     row.losses.append(history["val_losses"][-1][1])
     row.floor = history["floor"]
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()

@@ -9,7 +9,6 @@
 
 import errno
 import logging
-import math
 import os
 import sys
 import time
@@ -163,8 +162,11 @@ def run_command(parser: ArgumentParser, argv: list[str], folder: Path | None) ->
     except UserError as error:
         if path is None or "corpus" in texts_given or not str(error).startswith("corpus="):
             raise
-        advice = "run this where it was trained, or give corpus=PATH"
-        raise UserError(f"{error}; ckpt_path={path} was trained on this text: {advice}") from error
+        advice = (
+            f"ckpt_path={path} was trained on this text as it was then: run this where it was "
+            "trained, or give corpus=PATH"
+        )
+        raise UserError(f"{error}; {advice}") from error
     run.slurm_note, run.module.initial_weights = note, weights
     if start is not None:
         run.module.run_settings["start"] = str(start)
@@ -202,7 +204,8 @@ def build(
     seed = settings.setdefault("seed_everything", 1337)
     data = TextDataModule(**settings["data"], seed=seed)
     data.prepare_data()
-    if checkpoint is not None:  # before a text that is too short for its settings
+    # before the sizes are checked, which another text may not fit
+    if checkpoint is not None and not (command == "test" and data.hparams.test_corpus):
         corpus = checkpoint[KEY]["corpus"]
         check_corpus(corpus, data.describe(), path, command == "fit", texts_given)
     data.setup(command if command in ("fit", "test") else "validate")
@@ -216,7 +219,7 @@ def build(
     first_step = checkpoint["global_step"] if checkpoint else 0
     if checkpoint is not None:
         ours = module.describe(data)
-        check_compatible(checkpoint[KEY], ours, path, same_corpus=command == "fit")
+        check_compatible(checkpoint[KEY], ours, path)
     reason, changes, loggers = "", {}, {}
     adopt_torchrun(options)
     if command == "fit":
@@ -233,9 +236,8 @@ def build(
         if options.get("precision") is None:
             width = getattr(module.config, "n_embd", 0)
             options["precision"], reason = choose_precision(device, width)
-        if not compile_given and world_size == 1:
-            steps = changes["max_steps"] if changes["max_steps"] > 0 else math.inf
-            batches = steps * (options.get("accumulate_grad_batches") or 1)
+        if not (compile_given or options.get("fast_dev_run")) and world_size == 1:
+            batches = changes["max_steps"] * (options.get("accumulate_grad_batches") or 1)
             tokens = batches * data.hparams.batch_size * data.hparams.block_size
             chosen = choose_compile(device, module.config, tokens)
             settings["model"]["compile"] = module.hparams["compile"] = chosen
@@ -453,9 +455,8 @@ def validate(run: Run) -> None:
     evaluate, part = (trainer.test, "test") if run.command == "test" else (trainer.validate, "val")
     evaluate(run.module, data, ckpt_path=run.path)
     if trainer.is_global_zero and f"loss/{part}" in trainer.callback_metrics:
-        limit = trainer.limit_test_batches if part == "test" else trainer.limit_val_batches
         line = validation_line(trainer.callback_metrics, run.first_step, part)
-        print(line + limit_note(limit))
+        print(line + limit_note(trainer, part))
 
 
 def predict(run: Run) -> None:

@@ -74,7 +74,8 @@ def build_parser(command: str, description: str = "") -> ArgumentParser:
     add("-c", "--config", action="config", help="a shipped config or a YAML file")
     add("--print_config", action="store_true", help="print the settings as a config and exit")
     add("--seed_everything", type=NonNegativeInt, default=1337, help="seed of the run")
-    add("--ckpt_path", type=str | None, help="last, best, a file or a run's folder")
+    path_help = "last, best, a file, or a run's folder: for fit its last, else its best"
+    add("--ckpt_path", type=str | None, help=path_help)
     add("--init_from", type=str | None, help="fit: start from the weights of best, last or a file")
     add_class = parser.add_class_arguments
     add_class(TextDataModule, "data", skip={"seed"}, instantiate=False)

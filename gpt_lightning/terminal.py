@@ -2,7 +2,7 @@
 
 import sys
 
-CONTROLS = (c for c in map(chr, (*range(32), *range(127, 160))) if c not in "\t\n\r")
+CONTROLS = (c for c in map(chr, (*range(32), *range(127, 160))) if c not in "\t\n")
 ESCAPES = {ord(c): ascii(c)[1:-1] for c in CONTROLS}
 
 

@@ -158,7 +158,7 @@ def test_resuming_with_another_optimizer_text_split_or_vocabulary(here, refused)
         "--init_from=",
         "--data.corpus=",
     )
-    refused([*resume, "--data.split=blocks"], "split=blocks", "held out with")
+    refused([*resume, "--data.split=blocks"], "split=blocks", "held out another part")
     refused([*resume, "--data.tokenizer=byte"], "has another vocabulary")
     with Path("text.txt").open("a") as file:
         file.write("more\n")

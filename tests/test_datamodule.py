@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from gpt_lightning import GPTConfig, GPTModule
-from gpt_lightning.checkpoint import check_compatible
+from gpt_lightning.checkpoint import check_corpus
 from gpt_lightning.data.datamodule import BATCHES_AT_ONCE, TextDataModule
 from gpt_lightning.data.playwright import write_lines
 from gpt_lightning.data.windows import SlidingWindows
@@ -329,7 +329,7 @@ def test_each_of_many_ranks_gets_batches_of_a_short_validation_text(make, device
 
 
 def test_more_ranks_than_validation_windows_are_refused(make):
-    with pytest.raises(UserError, match="2 windows, too few for 3 processes"):
+    with pytest.raises(UserError, match="fewer validation windows \\(2\\) than processes \\(3\\)"):
         make(val_fraction=0.01, stage="validate", rank=1, world=3).val_dataloader()
 
 
@@ -424,16 +424,32 @@ def test_the_settings_of_files_are_for_every_text(make, other):
 
 def test_a_checkpoint_tells_the_validation_text(make, other):
     module = GPTModule(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=17, block_size=8))
-    before = module.describe(make(TEXT, val_corpus=other(TEXT[:100])))
-    check_compatible(before, before, "a.ckpt", same_corpus=True)
-    for settings in (dict(val_corpus=other(TEXT[:101], "b.txt")), {}):
-        now = module.describe(make(TEXT, **settings))
-        check_compatible(before, now, "a.ckpt", same_corpus=False)
+    before = make(TEXT, val_corpus=other(TEXT[:100])).describe()
+    check_corpus(before, before, "a.ckpt", fitting=True)
+    another = make(TEXT, val_corpus=other(TEXT[:101], "b.txt")).describe()
+    check_corpus(before, another, "a.ckpt", fitting=False)
+    for now in (another, make(TEXT).describe()):
         with pytest.raises(UserError, match="is not its val_corpus"):
-            check_compatible(before, now, "a.ckpt", same_corpus=True)
-    changed = module.describe(make(TEXT, val_corpus=other(TEXT[:101])))
+            check_corpus(before, now, "a.ckpt", fitting=True)
+    changed = make(TEXT, val_corpus=other(TEXT[:101])).describe()
     with pytest.raises(UserError, match="val_corpus=.* has changed since"):
-        check_compatible(before, changed, "a.ckpt", same_corpus=False)
+        check_corpus(before, changed, "a.ckpt", fitting=False)
+    own = make(TEXT + "more\n", val_corpus=other(TEXT[:100])).describe()
+    check_corpus(before, own, "a.ckpt", fitting=False)  # only the text that is scored counts
+
+
+def test_text_that_a_checkpoint_was_trained_on_is_not_validated(make, other):
+    own = make(TEXT).describe()
+    cases = [
+        (make(TEXT, val_corpus=other(TEXT[:100])).describe(), own, "was trained on all of corpus="),
+        (own, make(TEXT, val_fraction=1, stage="validate").describe(), "^val_fraction=1: "),
+        (own, make(TEXT, split="blocks").describe(), "^split=blocks: .* with split=tail"),
+        (own, make(TEXT + "more\n").describe(), "corpus=.* has changed since its training"),
+    ]
+    for before, now, message in cases:
+        with pytest.raises(UserError, match=message):
+            check_corpus(before, now, "a.ckpt", fitting=False)
+    check_corpus(own, make(TEXT, val_corpus=other(TEXT[:100])).describe(), "a.ckpt", False)
 
 
 def test_estimator_batches_of_validation_are_from_its_own_text(make, other):

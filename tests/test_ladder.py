@@ -155,6 +155,20 @@ def test_a_complete_climb_is_not_repeated(flags):
         assert len(losses(table("out")["1_low"])) == 2
 
 
+def test_runs_without_validation_are_refused(capsys):
+    assert climb("--out=out", "--trainer.limit_val_batches=0") == 2
+    assert "seed_1 was not validated: drop --trainer.limit_val" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_complete():
+    assert climb("--out=out", "--rungs=1_low") == 0
+    for seed in (1, 2):
+        note = Path(f"out/1_low/seed_{seed}.json")
+        note.write_text(note.read_text().replace('"complete": true', '"complete": false'))
+    assert climb("--out=out", "--rungs=1_low") == 0
+    assert len(losses(table("out")["1_low"])) == 2
+
+
 def test_the_table_has_the_other_rungs_if_one_diverges(rungs, capsys, without_gpu):
     (rungs / "0_diverges.yaml").write_text(
         "# Too fast: x.\nbase: 1_low.yaml\nmodel: {learning_rate: 1.0e+38}\n"

@@ -42,7 +42,7 @@ def errors_name_flags(args: argparse.Namespace) -> Iterator[dict[str, str]]:
         if not is_out_of_memory(error):
             raise
         sizes = {name: getattr(args, name, None) for name in ("num_samples", "batch_size")}
-        given = " ".join(f"--{name}={size}" for name, size in sizes.items() if size)
+        given = " ".join(f"--{name}={size}" for name, size in sizes.items() if size and size > 1)
         advice = f"; choose a smaller value than {given}" if given else ""
         raise UserError("out of memory" + advice) from error
 

@@ -122,8 +122,8 @@ class ExactLoader(Loader):
         ]
         if len(batches) < world_size:
             raise UserError(
-                f"block_size={T} cuts the validation text into {len(batches)} windows, too few for "
-                f"{world_size} processes; use fewer, or a smaller block_size"
+                f"block_size={T} leaves fewer validation windows ({len(batches)}) than processes "
+                f"({world_size}): use fewer processes or a smaller block_size"
             )
         self.batches = batches[rank::world_size]
 
@@ -216,7 +216,8 @@ class TextDataModule(LightningDataModule):
         one_of(KINDS, tokenizer=tokenizer)
         one_of(SAMPLING, sampling=sampling)
         one_of(SPLITS, split=split)
-        one_of(UNKNOWN, unknown=unknown)
+        if unknown is not None:
+            one_of(UNKNOWN, unknown=unknown)
         at_least(1, block_size=block_size, batch_size=batch_size, stride=stride)
         at_least(1, min_count=min_count, max_vocab_size=max_vocab_size)
         at_least(0, overfit_batches=overfit_batches)

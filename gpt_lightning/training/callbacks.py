@@ -144,7 +144,7 @@ class TrainingMetrics(Callback):
         self.val_losses[trainer.global_step] = float(metrics["loss/val"])
         self.floor = float(metrics["loss/floor"]) if "loss/floor" in metrics else None
         line = validation_line(metrics, trainer.global_step)
-        module.print(line + limit_note(trainer.limit_val_batches))
+        module.print(line + limit_note(trainer))
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         module.clock.pause()
@@ -172,11 +172,11 @@ def validation_line(metrics: dict[str, Any], step: int, part: str = "val") -> st
     return "  ".join(parts)
 
 
-def limit_note(limit: int | float | None) -> str:
+def limit_note(trainer: Trainer, part: str = "val") -> str:
     """What to print after a loss if the Trainer limits the batches it is measured on, else ""."""
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return ""
-    return f"  (on {limit} {'batches' if isinstance(limit, int) else 'of the batches'} only)"
+    loader = getattr(trainer, f"{part}_dataloaders")
+    done, batches = sum(getattr(trainer, f"num_{part}_batches")), len(loader)
+    return f"  (on {done} of {batches} batches)" if done < batches else ""
 
 
 def all_settings(module: LightningModule) -> dict[str, Any]:

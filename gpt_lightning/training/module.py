@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from torchmetrics import MeanMetric
 
-from gpt_lightning.checkpoint import KEY, check_compatible, describe
+from gpt_lightning.checkpoint import KEY, check_compatible, check_corpus, describe
 from gpt_lightning.data.datamodule import Batch, TextDataModule
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import (
@@ -46,7 +46,8 @@ class GPTModule(LightningModule):
             loss, against overconfidence on small texts (Pereyra et al. 2017).
         eval_iters: at each validation also estimate the losses as the lecture does, from this many
             random batches of each part (`estimate/train`, `estimate/val`); 0 turns it off.
-        compile: compile the training step with torch.compile; pays on a GPU.
+        compile: compile the training step with torch.compile. The command line compiles long runs
+            on one CUDA GPU if this is not given.
         cuda_graph: on one GPU, take each step as one CUDA graph (see `StepGraph`).
         seed: of the initial weights, and of dropout at each step.
 
@@ -143,7 +144,7 @@ class GPTModule(LightningModule):
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.hparams.compile and (fault := compiler_fault(self.device)):
-            raise UserError(f"compile=true: {fault}. Drop compile to train without it")
+            raise UserError(f"compile=true: {fault}; compile=false trains without it")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fused AdamW unscales fp16 gradients after they have been clipped, which is too late
@@ -362,9 +363,11 @@ class GPTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY in checkpoint and self.data is not None:
-            fitting = self.trainer.state.fn == "fit"
-            path = self.trainer.ckpt_path
-            check_compatible(checkpoint[KEY], self.describe(self.data), path, same_corpus=fitting)
+            theirs, ours, path = checkpoint[KEY], self.describe(self.data), self.trainer.ckpt_path
+            if not (self.trainer.state.fn == "test" and self.data.hparams.test_corpus):
+                fitting = self.trainer.state.fn == "fit"
+                check_corpus(theirs["corpus"], ours["corpus"], path, fitting)
+            check_compatible(theirs, ours, path)
 
 
 def cross_entropy(logits: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:

@@ -132,11 +132,13 @@ def closing_table(
         "training alone": f"{module.clock.seconds:.2f} s",
         f"{unit} seen": f"{seen:,} ({epochs:.1f} epochs)" + " since then" * bool(first_step),
     }
-    limited = limit_note(trainer.limit_val_batches)
+    limited = limit_note(trainer) if "loss/val" in metrics else ""
     if "loss/val" in metrics:
         rows["final val loss"] = in_nats(float(metrics["loss/val"]), " per character") + limited
     if keeper is not None and keeper.best_val_loss < math.inf:
-        rows["best val loss"] = f"{in_nats(keeper.best_val_loss)}, step {keeper.best_step:,}"
+        rows["best val loss"] = (
+            f"{in_nats(keeper.best_val_loss)}, step {keeper.best_step:,}{limited}"
+        )
     if "loss/val" in metrics and data.val_floor is not None:
         above = float(metrics["loss/val"]) - data.val_floor
         rows["the floor"] = f"{data.val_floor:.4f} nats: {above:.4f} above it"
