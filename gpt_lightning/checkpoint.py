@@ -338,8 +338,8 @@ def read_newest_intact(
 ) -> tuple[Path, dict[str, Any]]:
     """Find and read a checkpoint: the file, see `find_checkpoint`, and its content.
 
-    `of_folder` is as there. If `last` or `best` is damaged, the newest intact checkpoint beside it is used and stderr says
-    so.
+    `of_folder` is as there. If `last` or `best` is damaged, the newest intact checkpoint beside it
+    is used and stderr says so.
     """
     path = find_checkpoint(which, root, of_folder)
     try:
@@ -414,11 +414,10 @@ def check_corpus(
     keys = {"corpus": ("name", "sha256"), "val_corpus": ("val_name", "val_sha256")}
     scored = "corpus" if mine.get("val_name") is None else "val_corpus"
     for setting in keys if fitting else [scored]:
-        (then, before), (now, sha256) = (
-            [of.get(k) for k in keys[setting]] for of in (theirs, mine)
-        )
+        name, sha256 = keys[setting]
+        then, now = theirs.get(name), mine.get(name)
         changed = then == now or setting not in named
-        if before == sha256 or not (changed or fitting):
+        if theirs.get(sha256) == mine.get(sha256) or not (changed or fitting):
             continue
         fault = f"is not its {setting}, {then}"
         if changed:
@@ -455,8 +454,8 @@ def check_compatible(entry: dict[str, Any], ours: dict[str, Any], path: str | Pa
             )
     if entry["tokenizer"] != ours["tokenizer"]:
         raise UserError(
-            f"ckpt_path={path} has another vocabulary than this text; {TRAIN_ANEW}, or start from its "
-            f"weights with init_from={path}"
+            f"ckpt_path={path} has another vocabulary than this text; {TRAIN_ANEW}, or start from "
+            f"its weights with init_from={path}"
         )
 
 

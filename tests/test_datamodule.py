@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from gpt_lightning import GPTConfig, GPTModule
 from gpt_lightning.checkpoint import check_corpus
 from gpt_lightning.data.datamodule import BATCHES_AT_ONCE, TextDataModule
 from gpt_lightning.data.playwright import write_lines
@@ -423,7 +422,6 @@ def test_the_settings_of_files_are_for_every_text(make, other):
 
 
 def test_a_checkpoint_tells_the_validation_text(make, other):
-    module = GPTModule(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=17, block_size=8))
     before = make(TEXT, val_corpus=other(TEXT[:100])).describe()
     check_corpus(before, before, "a.ckpt", fitting=True)
     another = make(TEXT, val_corpus=other(TEXT[:101], "b.txt")).describe()
