@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.checkpoint import KEY, MAY_DIFFER, model_and_tokenizer, net_weights
+from gpt_lightning.checkpoint import KEY, model_and_tokenizer, net_weights
+from gpt_lightning.compatibility import MAY_DIFFER
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import config_from_dict, config_to_dict, grown_weights

@@ -34,12 +34,10 @@ from gpt_lightning.checkpoint import (
     KEY,
     LOGS,
     SAFETENSORS,
-    check_compatible,
-    check_corpus,
-    flags_to_repeat,
     read_newest_intact,
     shell_command,
 )
+from gpt_lightning.compatibility import check_compatible, check_corpus, flags_to_repeat
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, in_users_code, is_out_of_memory, with_flags
 from gpt_lightning.files import unused

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from gpt_lightning.checkpoint import KEY, is_plain
+from gpt_lightning.checkpoint import KEY
+from gpt_lightning.compatibility import is_plain
 from gpt_lightning.files import unused
 from gpt_lightning.settings import as_list, class_path
 

@@ -15,7 +15,8 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from gpt_lightning.checkpoint import COMMAND, KEY, SECTIONS, trusted_settings
+from gpt_lightning.checkpoint import COMMAND, KEY, SECTIONS
+from gpt_lightning.compatibility import trusted_settings
 from gpt_lightning.config_files import expand_configs
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.errors import UserError, did_you_mean

@@ -31,6 +31,16 @@ TINY = (  # flags of a run that takes about a second
 )
 
 
+SIZES = {"vocab_size": 3, "block_size": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
+CORPUS = {"name": "a text", "sha256": "0" * 64, "split": "tail", "val_fraction": 0.1}
+
+
+def description(vocabulary="\nab", name="gpt", **model) -> dict:
+    config = config_from_dict({"name": name, **SIZES, **model})
+    run = {"seed_everything": 1, "trainer": {"max_steps": 4}}
+    return describe(config, CharTokenizer(vocabulary).state(), dict(CORPUS), run)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from gpt_lightning.checkpoint import check_corpus
+from gpt_lightning.compatibility import check_corpus
 from gpt_lightning.data.datamodule import BATCHES_AT_ONCE, TextDataModule
 from gpt_lightning.data.playwright import write_lines
 from gpt_lightning.data.windows import SlidingWindows

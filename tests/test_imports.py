@@ -17,6 +17,7 @@ LAYERS = [
     {"data", "model"},
     {"safetensors_file"},
     {"checkpoint"},
+    {"compatibility"},
     {"generation"},
     {"export"},
     {"commands"},

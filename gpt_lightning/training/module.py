@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from torchmetrics import MeanMetric
 
-from gpt_lightning.checkpoint import KEY, check_compatible, check_corpus, describe
+from gpt_lightning.checkpoint import KEY, describe
+from gpt_lightning.compatibility import check_compatible, check_corpus
 from gpt_lightning.data.datamodule import Batch, TextDataModule
 from gpt_lightning.errors import UserError
 from gpt_lightning.model import (

@@ -9,7 +9,8 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from gpt_lightning.checkpoint import flags_to_repeat, shell_command
+from gpt_lightning.checkpoint import shell_command
+from gpt_lightning.compatibility import flags_to_repeat
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.documents import JSON_LINES, TABLES, listed
 from gpt_lightning.data.statistics import MOST_CHECKED, split_messages
