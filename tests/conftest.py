@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 from gpt_lightning.checkpoint import KEY, describe
 from gpt_lightning.cli import main
@@ -129,6 +130,18 @@ def contents(folder):
     """All files with their bytes, except locks."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path: path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def event_files_in_order():
+    """Number event files from 1,000,000 on.
+
+    TensorBoard reads them in the order of their names: second, process, number. In one second and
+    one process, as in these tests, number 10 would come before 9.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10**6))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
