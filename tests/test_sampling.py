@@ -153,9 +153,12 @@ def test_tokens_are_drawn_with_their_probabilities(V):
     assert abs(statistic - (V - 1)) < 5 * math.sqrt(2 * (V - 1))
 
 
+SOME_WEIGHTS = st.lists(st.floats(0, 1, width=32), max_size=6)
+
+
 @quick
 @given(
-    weights=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12).filter(any),
+    weights=st.tuples(SOME_WEIGHTS, SOME_WEIGHTS).map(lambda w: [*w[0], 1.0, *w[1]]),
     u=st.integers(0, 2**24 - 1).map(lambda n: n * 2**-24) | st.sampled_from([0.0, LARGEST]),
 )
 def test_a_draw_is_the_first_token_whose_cumulative_sum_exceeds_u(weights, u):

@@ -127,6 +127,7 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draw from each row of weights (B, V) by inversion of its cumulative distribution.
 
     Args:
+        weights: at least 0; sums in fp32 must not underflow. `Sampling` makes the largest 1.
         uniform: (B,) fp32 multiples of 2**-24 in [0, 1).
 
     Returns:
