@@ -305,6 +305,19 @@ def test_a_missing_compiler_is_a_users_mistake(data, monkeypatch):
         trainer(max_steps=1).fit(model, dm)
 
 
+def test_loaders_of_a_users_own_need_no_length(data):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=2)
+    model = GPTModule(GPTConfig(**SMALL, vocab_size=3, block_size=8))
+    fitting = trainer(max_steps=2, val_check_interval=1, limit_val_batches=2)
+    fitting.fit(model, loader, loader)
+    assert fitting.global_step == 2 and fitting.callback_metrics["loss/val"] > 0
+
+
 def test_a_plain_trainers_checkpoint_loads_in_lightning_and_in_the_generator(data, tmp_path):
     dm = data()
     model = module(dm)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from gpt_lightning.data.datamodule import ExactLoader
 from gpt_lightning.errors import at_least
 from gpt_lightning.generation.generator import TextGenerator
 from gpt_lightning.generation.sampling import Sampling
@@ -175,6 +176,8 @@ def validation_line(metrics: dict[str, Any], step: int, part: str = "val") -> st
 def limit_note(trainer: Trainer, part: str = "val") -> str:
     """What to print after a loss if the Trainer limits the batches it is measured on, else ""."""
     loader = getattr(trainer, f"{part}_dataloaders")
+    if not isinstance(loader, ExactLoader):  # a user's own, which may have no length
+        return ""
     done, batches = sum(getattr(trainer, f"num_{part}_batches")), len(loader)
     return f"  (on {done} of {batches} batches)" if done < batches else ""
 
